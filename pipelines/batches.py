@@ -1,0 +1,279 @@
+"""From the plan to the global batches that workers train on, in one order for any worker count.
+
+    work order -> one Ray task makes its rows -> cut into travelling blocks of equal row counts
+    block k    -> slot k % S of superblock k // S -> rank k % W
+    step i     -> the i-th part of every block of the superblock: S slots, one forward pass each
+
+The stream of rows is the plan's alone, and so is the cut; W decides only who holds which slot.
+Ranks compare the edges of their blocks once a superblock, so a stream that ever lost, doubled
+or moved a row stops the run instead of training on.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pipelines.manifest import Document
+from pipelines.plan import Cursor, OrderConfig, Plan, WorkOrder
+
+ArrayBatch = dict[str, NDArray[Any]]
+
+MAX_READ_TASKS = 1000
+"""Ray takes a minute to plan tens of thousands of tasks, so later tasks make several orders."""
+
+
+class RowMaker(Protocol):
+    """What a modality gives: rows from records, and a batch from rows."""
+
+    @property
+    def fates(self) -> Sequence[str]:
+        """What can become of a row; the column `fate` holds an index into it."""
+
+    @property
+    def bytes_per_row(self) -> float:
+        """An estimate of the raw bytes that one row takes."""
+
+    def rows(self, documents: Sequence[Document], *, seed: int, epoch: int, order: int) -> pa.Table:
+        """Return the rows of a work order, a function of these arguments alone."""
+
+    def collate(self, table: pa.Table) -> ArrayBatch:
+        """Return the batch that the model is given for the rows of one slot."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """Everything it takes to make any row of a run, anywhere."""
+
+    plan: Plan
+    maker: RowMaker
+
+    def table(self, order: WorkOrder) -> pa.Table:
+        """Return the rows of a work order as they are used, with their address.
+
+        Added columns: `order`, `row` in the order, and `order_rows`, how many it has.
+        """
+        plan = self.plan
+        documents = [
+            found for block in order.blocks for found in plan.manifest.read(block, "training")
+        ]
+        made = self.maker.rows(documents, seed=plan.seed, epoch=order.epoch, order=order.number)
+        num_rows = made.num_rows
+        address = {
+            "order": pa.array(np.full(num_rows, order.number, dtype=np.int64)),
+            "row": pa.array(np.arange(num_rows, dtype=np.int32)),
+            "order_rows": pa.array(np.full(num_rows, num_rows, dtype=np.int32)),
+        }
+        shuffled = made.take(plan.row_permutation(order.number, num_rows))
+        for name, column in address.items():
+            shuffled = shuffled.append_column(name, column)
+        return shuffled.combine_chunks()
+
+
+class Edge(NamedTuple):
+    """Addresses, (order, row), of a block's first row and of the row that has to come next."""
+
+    first: tuple[int, int]
+    after: tuple[int, int]
+
+
+class Step(NamedTuple):
+    """One rank's part of one global batch."""
+
+    slots: dict[int, ArrayBatch]
+    fates: NDArray[np.int64]
+    """How many of these rows met each fate."""
+    cursor: Cursor
+    """Where a run that has made this step goes on."""
+
+
+def dataset(
+    source_ref: "ray.ObjectRef[RowSource]", config: OrderConfig, orders: "Orders"
+) -> ray.data.Dataset:
+    """Return the Ray Dataset of travelling blocks: rows of `rows_per_block`, in stream order."""
+    tasks = orders.tasks()
+    # With fewer blocks than tasks Ray would cut ours.
+    numbers = ray.data.read_datasource(_OrderNumbers(tasks), override_num_blocks=len(tasks))
+    rows = numbers.map_batches(
+        _make_rows,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"source_ref": source_ref, "start": orders.start},
+    )
+    # Without strict the short tails of orders would break the round robin of the split.
+    blocks: ray.data.Dataset = rows.repartition(
+        target_num_rows_per_block=config.rows_per_block, strict=True
+    )
+    return blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """The work orders of one attempt: from a cursor on, more than enough for its rows."""
+
+    start: Cursor
+    num_rows: int
+    rows_per_order: float
+    """An estimate; where it is too high, the tail of the tasks makes up for it."""
+
+    def tasks(self) -> list[range]:
+        """Return the orders of each read task: one or a few each, then ever more.
+
+        An order has at least one row, so `num_rows` of them always suffice. The doubling tail
+        gets there with a handful of tasks, which are not run unless they are needed.
+        """
+        expected = int(1.2 * self.num_rows / self.rows_per_order) + 2
+        size = -(-expected // MAX_READ_TASKS)
+        tasks: list[range] = []
+        number, last = self.start.order, self.start.order + self.num_rows + expected
+        while number < last:
+            if len(tasks) * size >= expected:
+                size *= 2
+            tasks.append(range(number, number + size))
+            number += size
+        return tasks
+
+
+def local_blocks(source: RowSource, config: OrderConfig, start: Cursor) -> Iterator[pa.Table]:
+    """Yield the travelling blocks from a cursor on, made in this process, without end."""
+    pending: list[pa.Table] = []
+    for order in source.plan.orders(start.order):
+        made = source.table(order)
+        pending.append(made.slice(start.row) if order.number == start.order else made)
+        while sum(table.num_rows for table in pending) >= config.rows_per_block:
+            joined = pa.concat_tables(pending)
+            yield joined.slice(0, config.rows_per_block).combine_chunks()
+            pending = [joined.slice(config.rows_per_block)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One worker's place among the others."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[dict[int, Edge]], list[dict[int, Edge]]] = lambda edges: [edges]
+    """Returns what every rank gave, on every rank."""
+
+
+def steps(
+    blocks: Iterable[pa.Table], maker: RowMaker, config: OrderConfig, start: Cursor, rank: Rank
+) -> Iterator[Step]:
+    """Yield this rank's part of every global batch from a cursor on.
+
+    Raises:
+        RuntimeError: If the blocks of all ranks are not the stream without a gap.
+    """
+    mine = iter(blocks)
+    position = (start.order, start.row)
+    done = start.steps_done
+    next_block = 0
+    while True:
+        slots = [s for s in range(config.slots) if (next_block + s) % rank.size == rank.rank]
+        held = {slot: next(mine, None) for slot in slots}
+        if any(table is None or table.num_rows != config.rows_per_block for table in held.values()):
+            raise RuntimeError("the stream of rows ended before the last step: this is a bug")
+        tables = {slot: table.combine_chunks() for slot, table in held.items() if table is not None}
+        after = _follow(position, rank.gather({s: _edge(table) for s, table in tables.items()}))
+        for i in range(done, config.steps_per_block):
+            parts = {
+                slot: table.slice(i * config.rows_per_slot, config.rows_per_slot)
+                for slot, table in tables.items()
+            }
+            last = i + 1 == config.steps_per_block
+            yield Step(
+                slots={slot: maker.collate(part) for slot, part in parts.items()},
+                fates=_count_fates(parts.values(), len(maker.fates)),
+                cursor=Cursor(*after, 0) if last else Cursor(*position, i + 1),
+            )
+        position, done, next_block = after, 0, next_block + config.slots
+
+
+def slot_digest(batch: ArrayBatch) -> bytes:
+    """Return the SHA-256 of a batch: names, types, shapes and bytes of its arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(batch.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
+
+
+def chain(previous: str, slot_digests: Sequence[bytes]) -> str:
+    """Return the digest after a step, from the one before it and its slots' in slot order."""
+    return hashlib.sha256(bytes.fromhex(previous) + b"".join(slot_digests)).hexdigest()
+
+
+def _follow(position: tuple[int, int], gathered: Sequence[dict[int, Edge]]) -> tuple[int, int]:
+    """Return the address after a superblock, having checked that its blocks follow each other."""
+    edges = {slot: edge for part in gathered for slot, edge in part.items()}
+    for slot in sorted(edges):
+        if edges[slot].first != position:
+            raise RuntimeError(
+                f"slot {slot} starts at (order, row) {edges[slot].first} where {position} has to "
+                "come: rows were lost, doubled or moved on the way; the run stops before it "
+                "trains on them"
+            )
+        position = edges[slot].after
+    return position
+
+
+def _edge(table: pa.Table) -> Edge:
+    order, row, order_rows = (table[name] for name in ("order", "row", "order_rows"))
+    first, last = ((order[i].as_py(), row[i].as_py()) for i in (0, -1))
+    ends = last[1] + 1 == order_rows[-1].as_py()
+    return Edge(first, (last[0] + 1, 0) if ends else (last[0], last[1] + 1))
+
+
+def _count_fates(parts: Iterable[pa.Table], num_fates: int) -> NDArray[np.int64]:
+    fates = np.concatenate([part["fate"].to_numpy() for part in parts])
+    return np.bincount(fates, minlength=num_fates)
+
+
+class _OrderNumbers(Datasource):
+    """Read tasks that yield one block for each work order, holding its number."""
+
+    def __init__(self, tasks: Sequence[range]) -> None:
+        Datasource.__init__(self)
+        self._tasks = tasks
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * sum(len(task) for task in self._tasks)
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+        return [_read_task(task) for task in self._tasks]
+
+
+def _read_task(numbers: range) -> ReadTask:
+    def read() -> Iterator[pa.Table]:
+        for number in numbers:
+            yield pa.table({"order": pa.array([number], pa.int64())})
+
+    size = len(numbers)
+    metadata = BlockMetadata(num_rows=size, size_bytes=8 * size, input_files=None, exec_stats=None)
+    return ReadTask(read, metadata)
+
+
+def _make_rows(
+    numbers: pa.Table, source_ref: "ray.ObjectRef[RowSource]", start: Cursor
+) -> pa.Table:
+    source = _fetch(source_ref)
+    tables = []
+    for number in numbers["order"].to_pylist():
+        made = source.table(source.plan.order(number))
+        tables.append(made.slice(start.row) if number == start.order else made)
+    return pa.concat_tables(tables)
+
+
+@lru_cache(maxsize=1)
+def _fetch(source_ref: "ray.ObjectRef[RowSource]") -> RowSource:
+    """Return the source; a worker process keeps it for the tasks to come."""
+    return ray.get(source_ref)

@@ -1,0 +1,139 @@
+"""An encoder on disk: plain files, and a manifest with the size and hash of each.
+
+A bundle directory holds these files and no others:
+
+config.json         format_version 1, and the objective that the weights belong to
+model.safetensors   the weights
+tokenizer.json      splits raw text
+lineage.json        where it comes from
+MODEL_CARD.md       the same for people
+manifest.json       {name: {bytes, sha256}} of the files above, written last
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipelines.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+REQUIRED_NAMES = ("config.json", "model.safetensors", "tokenizer.json")
+ADVICE = "download it again or register it anew"
+
+
+class BundleError(DataError):
+    """A bundle that is not there, or cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was just written."""
+
+    directory: Path
+    manifest_sha256: str
+
+
+def write_bundle(
+    directory: Path,
+    *,
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    tokenizer_json: str,
+    lineage: dict[str, Any],
+    card: str,
+) -> Bundle:
+    """Write a bundle; the directory appears complete, in place of an earlier one."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    # Clones, because safetensors refuses tensors that share memory, such as tied weights.
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(weights, partial / "model.safetensors")
+    texts = {
+        "config.json": _to_json({"format_version": FORMAT_VERSION, **config}),
+        "tokenizer.json": tokenizer_json,
+        "lineage.json": _to_json(lineage),
+        "MODEL_CARD.md": card,
+    }
+    for name, text in texts.items():
+        (partial / name).write_text(text)
+    manifest = {path.name: _describe(path) for path in partial.iterdir()}
+    (partial / MANIFEST_NAME).write_text(_to_json(manifest))
+    _replace(directory, partial)
+    return Bundle(directory, manifest_sha256(directory))
+
+
+def verify_bundle(directory: Path) -> dict[str, Any]:
+    """Return the manifest, if the directory holds exactly the bytes that it names.
+
+    Raises:
+        BundleError: If a file is absent, altered, or not in the manifest.
+    """
+    manifest = _read_manifest(directory)
+    present = {path.name for path in directory.iterdir()} - {MANIFEST_NAME}
+    for name in sorted(present - manifest.keys()):
+        raise BundleError(f"{name} in {directory} is not in its manifest.json: remove it")
+    for name in sorted({*manifest, *REQUIRED_NAMES} - present):
+        raise BundleError(f"{name} is missing in {directory}: {ADVICE}")
+    for name, expected in manifest.items():
+        path = directory / name
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"{name} in {directory} is not a plain file: {ADVICE}")
+        for key, value in _describe(path).items():
+            if expected.get(key) != value:
+                what = {"bytes": "size", "sha256": "SHA-256"}[key]
+                raise BundleError(f"{name} is not what was registered: {what} differs; {ADVICE}")
+    return manifest
+
+
+def manifest_sha256(directory: Path) -> str:
+    """Return the SHA-256 of manifest.json, which stands for the whole bundle."""
+    return hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest; only the one spelling that `write_bundle` gives it is accepted."""
+    try:
+        data = (directory / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise BundleError(f"no bundle at {directory}: {error.strerror}: manifest.json") from error
+    try:
+        manifest = json.loads(data)
+    except ValueError:
+        manifest = None
+    entries = manifest.values() if isinstance(manifest, dict) else [None]
+    if not all(isinstance(entry, dict) for entry in entries) or _to_json(manifest).encode() != data:
+        raise BundleError(f"manifest.json is not what was registered: not as written; {ADVICE}")
+    for name in manifest:
+        if not name or name in (".", "..") or "/" in name or "\\" in name:
+            raise BundleError(f"manifest.json names {name!r}, which is no plain file name")
+    return dict(manifest)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _replace(directory: Path, partial: Path) -> None:
+    """Put `partial` in place of `directory`; a rename cannot replace a directory in one step."""
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old)
+    else:
+        partial.rename(directory)

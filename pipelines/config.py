@@ -1,0 +1,155 @@
+"""The record of a run: every number that decides what it does, in one frozen value."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.errors import DataError, nearest
+from pipelines.plan import OrderConfig
+from pipelines.shards import SourceConfig
+from pipelines.text import TextConfig
+from pipelines.vocabulary import VocabularyConfig
+from ssl_models.masked_language import MaskedLanguageConfig
+from ssl_models.optim import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One pretraining run."""
+
+    recipe: str
+    """The named run that this one started from."""
+    data: tuple[str, ...] = ()
+    """Raw shards: files, folders or quoted globs; .txt and .jsonl, plain, .gz or .zst."""
+    name: str = ""
+    """The run lives in RUNS/NAME; the same name goes on where that run stopped."""
+    runs: str = "runs"
+    """Folder of all runs; on a cluster, one that every node sees."""
+    steps: int = 1000
+    """Optimizer steps."""
+    workers: int = 2
+    """Ray Train workers, from 1 to the recipe's slots; the batches do not depend on it."""
+    threads_per_worker: int = 1
+    """CPU threads of one worker; fixed, so that a resumed run adds numbers in the same order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs if the cluster has one for each worker; cuda computes in bfloat16."""
+    seed: int = 0
+    checkpoint_every: int = 100
+    """Steps between commits; what is lost at most when everything dies."""
+    log_every: int = 10
+    """Steps between logged metrics."""
+    max_restarts: int = 3
+    """How often a failed group of workers is started again from the newest commit."""
+    vocabulary_file: str = ""
+    """A tokenizer.json to use; without one, a vocabulary is trained on the training split."""
+    register: str = "rayssl-text"
+    """Name in the model registry; the new version gets the alias `candidate`."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where MLflow tracks and registers."""
+    experiment: str = "rayssl"
+    """MLflow experiment."""
+    address: str = ""
+    """Address of a Ray cluster; without one, a local Ray of workers + 2 CPUs is started."""
+    verbose: bool = False
+    """Show what Ray says."""
+
+    source: SourceConfig = field(default_factory=SourceConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    order: OrderConfig = field(default_factory=OrderConfig)
+    objective: MaskedLanguageConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "threads_per_worker", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not 1 <= self.workers <= self.order.slots:
+            raise ValueError(
+                f"workers must be in 1..{self.order.slots}, the slots of this recipe, "
+                f"got {self.workers}; more workers need more --order.slots"
+            )
+        if self.text.max_length > self.objective.encoder.max_length:
+            raise ValueError(
+                f"text.max_length {self.text.max_length} is more than the encoder's "
+                f"{self.objective.encoder.max_length}; raise --objective.encoder.max-length"
+            )
+
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "data",
+        "name",
+        "runs",
+        "workers",
+        "device",
+        "checkpoint_every",
+        "log_every",
+        "max_restarts",
+        "vocabulary_file",
+        "register",
+        "tracking_uri",
+        "experiment",
+        "address",
+        "verbose",
+    }
+)
+"""Fields that a resumed run may change. The data is held by its fingerprint, not by its path."""
+
+
+def to_record(config: RunConfig) -> dict[str, Any]:
+    """Return the config as plain JSON values."""
+    record: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return record
+
+
+def from_record(record: dict[str, Any]) -> RunConfig:
+    """Return the config of a record.
+
+    Raises:
+        DataError: If a key is unknown, missing or of the wrong type; the nearest known key is
+            named.
+    """
+    try:
+        return TypeAdapter(RunConfig).validate_python(record, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        unknown = first["type"] == "unexpected_keyword_argument"
+        said = f"unknown key.{nearest(place, _known_keys())}" if unknown else first["msg"]
+        raise DataError(f"recorded config: {place}: {said}") from error
+
+
+def to_flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested record with dotted keys: `{"order.slots": 4}`."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        nested = isinstance(value, dict)
+        flat |= to_flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def changed(recorded: RunConfig, asked: RunConfig) -> list[str]:
+    """Return what a resumed run may not change, one `field: recorded -> asked` each."""
+    before, after = to_flat(to_record(recorded)), to_flat(to_record(asked))
+    return [
+        f"{name}: {before[name]} -> {after[name]}"
+        for name in before
+        if name not in FREE_TO_CHANGE and before[name] != after[name]
+    ]
+
+
+def _known_keys() -> set[str]:
+    """Return the dotted keys of every field that a record can hold."""
+    schema = TypeAdapter(RunConfig).json_schema()
+
+    def keys(node: dict[str, Any], prefix: str) -> set[str]:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
+        children = node.get("properties", {})
+        nested = (keys(child, f"{prefix}.{name}") for name, child in children.items())
+        return set().union(*nested) if children else {prefix.removeprefix(".")}
+
+    return keys(schema, "")

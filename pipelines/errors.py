@@ -1,0 +1,23 @@
+"""What a user can cause, said in one line: what went wrong, the value, what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a command: the command line shows the message alone and exits with 2."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Raw data, a checkpoint or a bundle that cannot be trusted: exit code 65."""
+
+    exit_code = 65
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint such as ` Did you mean 'pretrain'?`, or the list of what is known."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(choices)}."

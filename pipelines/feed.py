@@ -1,0 +1,80 @@
+"""Where Ray Train meets the plan: each start of the worker group begins at the newest commit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import DataIterator, ExecutionOptions
+from ray.train import DataConfig
+
+from pipelines.batches import Orders, RowSource, dataset
+from pipelines.checkpoint import Attempt, CommitLog
+from pipelines.plan import Cursor, OrderConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """What one worker of an attempt is handed."""
+
+    iterator: DataIterator
+    attempt: Attempt
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """Yield this rank's travelling blocks, fetched ahead while it trains."""
+        whole: Any = None  # a block as it travelled; Ray's annotation forgets the None
+        yield from self.iterator.iter_batches(
+            batch_size=whole, batch_format="pyarrow", prefetch_batches=2
+        )
+
+
+class PlannedDataConfig(DataConfig):
+    """Starts the plan where the newest good commit stands, and tells the ranks which one it is.
+
+    Ray calls `configure` at every start of a worker group and nowhere else tells the data how
+    many workers there are, so the commit is chosen here, once, for all of them.
+    """
+
+    def __init__(
+        self, log: CommitLog, source_ref: "ray.ObjectRef[RowSource]", order: OrderConfig, steps: int
+    ) -> None:
+        # Train replaces the dataset's own options by these: order is kept only if asked for here.
+        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+        self._log = log
+        self._source_ref = source_ref
+        self._order = order
+        self._steps = steps
+
+    def configure(
+        self,
+        datasets: Any,
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: list[str] | None,
+        **_: Any,
+    ) -> list[dict[str, Any]]:
+        """Return a Feed for each rank, under the name of the only dataset."""
+        del worker_handles
+        attempt = self._log.begin_attempt(world_size)
+        commit = self._log.commit(attempt.commit) if attempt.commit else None
+        orders = self._orders(commit.cursor if commit else Cursor(), commit.step if commit else 0)
+        blocks = dataset(self._source_ref, self._order, orders)
+        blocks.context.execution_options = self._resolve_execution_options("train")
+        blocks.set_name("train")
+        splits = blocks.streaming_split(world_size, equal=True, locality_hints=worker_node_ids)
+        return [{name: Feed(split, attempt) for name in datasets} for split in splits]
+
+    def _orders(self, start: Cursor, step: int) -> Orders:
+        source: RowSource = ray.get(self._source_ref)
+        plan = source.plan
+        bytes_per_order = (
+            sum(plan.manifest.blocks[block].bytes for block in plan.blocks) / plan.orders_per_epoch
+        )
+        # A superblock more: the end of a stream is cut raggedly.
+        steps_left = self._steps - step + start.steps_done + 2 * self._order.steps_per_block
+        return Orders(
+            start=start,
+            num_rows=steps_left * self._order.rows_per_step,
+            rows_per_order=bytes_per_order / source.maker.bytes_per_row,
+        )

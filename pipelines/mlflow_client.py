@@ -1,0 +1,64 @@
+"""How every part opens MLflow: quiet, quick to fail, and never on a half-made database."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MLFLOW_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its own 7 retries block for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # also for alembic
+    "MLFLOW_UV_AUTO_DETECT": "false",  # else uv.lock of the working directory joins every model
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+SQLITE_PREFIX = "sqlite:///"
+
+
+def open_client(tracking_uri: str) -> Any:
+    """Return an `MlflowClient` of this store; what the environment sets wins over our defaults.
+
+    mlflow is imported here, not at the top: that takes seconds.
+    """
+    for name, value in MLFLOW_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    level = os.environ["MLFLOW_LOGGING_LEVEL"].upper()
+    logging.getLogger("mlflow").setLevel(level)  # in case it was imported before
+    path = sqlite_path(tracking_uri)
+    if path is not None and not path.exists():
+        _create_sqlite(path)
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """Return the file of a SQLite store, None for a server."""
+    if not tracking_uri.startswith(SQLITE_PREFIX):
+        return None
+    return Path(tracking_uri.removeprefix(SQLITE_PREFIX).partition("?")[0])
+
+
+def _create_sqlite(path: Path) -> None:
+    """Make the tables under another name first.
+
+    A process that dies within the seconds of MLflow's migrations leaves a file that MLflow can
+    never open again ("duplicate column name"). No connection knows the file that stays.
+    """
+    from mlflow import MlflowClient
+
+    complete = path.with_name(f".{path.name}.{os.getpid()}")
+    with tempfile.TemporaryDirectory() as folder:
+        growing = Path(folder, "growing.db")
+        MlflowClient(tracking_uri=f"{SQLITE_PREFIX}{growing}").search_experiments()
+        shutil.copyfile(growing, complete)
+    with contextlib.suppress(FileExistsError):  # another process was first: use its file
+        os.link(complete, path)
+    complete.unlink()

@@ -1,0 +1,249 @@
+"""From a config to a registered encoder: index, vocabulary, training, evaluation, handover.
+
+Each stage leaves its result in the run's folder and is not made twice, so the same command goes
+on after any interruption, and does nothing but report once all is done.
+"""
+
+import subprocess
+import threading
+import time
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.bundle import write_bundle
+from pipelines.cluster import cluster, unwrap
+from pipelines.config import RunConfig, to_flat, to_record
+from pipelines.console import Progress, say
+from pipelines.errors import UserError
+from pipelines.evaluate import Evaluation, evaluate
+from pipelines.feed import PlannedDataConfig
+from pipelines.registry import Registered, register
+from pipelines.run import Run, locked, open_run
+from pipelines.storage import write_json
+from pipelines.tracking import RUN_KEY_TAG, Tracker
+from pipelines.training import Job, load_objective, train_worker
+
+CPUS_FOR_DATA = 2
+REGISTRY_TIMEOUT_SECONDS = 120.0
+
+
+class TrainingError(UserError):
+    """Training failed for good; exit code 1."""
+
+    exit_code = 1
+
+
+def pretrain(config: RunConfig) -> dict[str, Any]:
+    """Run the stages of a pretraining run that are still to be made; return its account.
+
+    Raises:
+        UserError: If the config, the data or the folder cannot be used as they are.
+        TrainingError: If the workers failed more often than `max_restarts`.
+    """
+    with (
+        locked(config) as run_dir,
+        cluster(config.address, config.workers + CPUS_FOR_DATA, verbose=config.verbose),
+    ):
+        run = open_run(config, run_dir)
+        describe(run)
+        tracker = start_tracking(run)
+        status: Any = "FAILED"
+        try:
+            train(run)
+            account = finish(run, tracker)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if not tracker.close(status, REGISTRY_TIMEOUT_SECONDS if status == "FINISHED" else 5):
+                say(f"MLflow has not taken everything; what waits is in {run_dir}")
+    return account
+
+
+def train(run: Run, worker: Any = train_worker) -> None:
+    """Train from the newest commit to the last step, unless that has been made.
+
+    Raises:
+        TrainingError: If the workers failed more often than `max_restarts`.
+        DataError: If the data or the checkpoints cannot be trusted.
+    """
+    newest = run.log.newest()
+    if newest is not None and newest.step >= run.config.steps:
+        say(f"all {newest.step} steps have been made")
+        return
+    progress = Progress(run.dir, run.config)
+    done = _in_thread(lambda: _fit(run, worker))
+    while not done.done():
+        progress.update()
+        time.sleep(0.5)
+    progress.close()
+    if error := done.exception():
+        found = unwrap(error)
+        if isinstance(found, UserError):
+            raise found from None
+        raise TrainingError(
+            f"training failed: {_root_cause(error)}; the same command goes on from the newest "
+            "commit, --verbose shows more"
+        ) from error
+
+
+def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
+    """Evaluate, register and report a run whose steps have all been made."""
+    commit = run.log.newest()
+    assert commit is not None
+    objective = load_objective(run)
+    evaluation = evaluate(objective, run)
+    tracker.log_final_metrics(evaluation.metrics(), commit.step)
+    ledger = {
+        "records": {fate: vars(entry) for fate, entry in run.manifest.ledger.items()},
+        "rows": commit.fates,
+        "quarantined": [vars(entry) for entry in run.manifest.quarantined],
+    }
+    write_json(run.dir / "ledger.json", ledger)
+    for name in ("run.json", "manifest.json", "ledger.json", "tokenizer.json"):
+        tracker.log_artifact(run.dir / name, "run")
+    registered = hand_over(run, objective.state_dict(), evaluation, tracker)
+    account = {
+        "run": run.config.name,
+        "steps": commit.step,
+        "digest": commit.digest,
+        "ledger": ledger["rows"],
+        "evaluation": evaluation.metrics(),
+        "mlflow_run": tracker.run_id,
+        "registered": registered.model_uri,
+    }
+    write_json(run.dir / "account.json", account)
+    for line in [*evaluation.lines(), f"registered {registered.model_uri} as candidate"]:
+        say(line)
+    return account
+
+
+def hand_over(
+    run: Run, state: dict[str, torch.Tensor], evaluation: Evaluation, tracker: Tracker
+) -> Registered:
+    """Write the bundle of a trained encoder, unless it is there, and register it once."""
+    folder = run.dir / "bundle"
+    run_id = tracker.wait_for_run_id(REGISTRY_TIMEOUT_SECONDS)
+    lineage = {
+        "run_key": run.key,
+        "fingerprint": run.manifest.fingerprint,
+        "seed": run.config.seed,
+        "steps": run.config.steps,
+        "mlflow_run": run_id,
+        "git_commit": git_commit(),
+    }
+    if not folder.exists():
+        write_bundle(
+            folder,
+            config={"objective": to_record(run.config)["objective"], "recipe": run.config.recipe},
+            state=state,
+            tokenizer_json=run.vocabulary.json,
+            lineage=lineage,
+            card=_card(run, evaluation),
+        )
+    return register(
+        folder,
+        tracking_uri=run.config.tracking_uri,
+        run_id=run_id,
+        name=run.config.register,
+        tags={RUN_KEY_TAG: run.key, "rayssl.fingerprint": run.manifest.fingerprint},
+    )
+
+
+def start_tracking(run: Run) -> Tracker:
+    """Start to send what the run logs; a server that is down delays nothing."""
+    config = run.config
+    tracker = Tracker(run.dir, config.tracking_uri, config.experiment, run.key, config.name)
+    tracker.start()
+    tracker.log_params({name: str(value) for name, value in to_flat(to_record(config)).items()})
+    tracker.set_tags(
+        {"rayssl.fingerprint": run.manifest.fingerprint, "rayssl.git_commit": git_commit()}
+    )
+    return tracker
+
+
+def describe(run: Run) -> None:
+    """Say what is about to be trained on what."""
+    manifest, config = run.manifest, run.config
+    size = sum(shard.bytes for shard in manifest.shards)
+    ledger = ", ".join(f"{entry.records} {fate}" for fate, entry in manifest.ledger.items())
+    say(f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB: {ledger} documents")
+    say(
+        f"run {config.name}: {config.recipe}, vocabulary {run.vocabulary.size}, {config.steps} "
+        f"steps of {config.order.rows_per_step} rows, in {run.dir}"
+    )
+
+
+def git_commit() -> str:
+    """Return the commit of the working directory, or `unknown`."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _fit(run: Run, worker: Any) -> None:
+    config = run.config
+    source_ref = ray.put(run.source)
+    use_gpu = config.device == "cuda" or (
+        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
+    )
+    trainer = TorchTrainer(
+        partial(worker, Job(config, run.dir.resolve(), source_ref)),
+        torch_config=TorchConfig(timeout_s=300),
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            # A name of its own for every start: our commit log resumes, not Ray's snapshot.
+            name=f"ray-{len(run.log.attempts()):06d}-{time.time_ns()}",
+            storage_path=str((run.dir / "ray").resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_restarts),
+        ),
+        # Only its name counts: PlannedDataConfig makes the real one at every start.
+        datasets={"train": ray.data.range(1)},
+        dataset_config=PlannedDataConfig(run.log, source_ref, config.order, config.steps),
+    )
+    trainer.fit()
+
+
+def _in_thread(function: Any) -> Future[None]:
+    """Run a function beside the main thread, which stays free for signals and the live line."""
+    future: Future[None] = Future()
+
+    def target() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=target, name="fit", daemon=True).start()
+    return future
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = list(getattr(error, "worker_failures", {}).values())
+    innermost: BaseException = failures[0] if failures else error
+    while cause := getattr(innermost, "cause", None) or innermost.__cause__:
+        innermost = cause
+    return f"{type(innermost).__name__}: {str(innermost).strip().splitlines()[-1]}"
+
+
+def _card(run: Run, evaluation: Evaluation) -> str:
+    config = run.config
+    shards = "\n".join(f"- {Path(shard.path).name}" for shard in run.manifest.shards[:20])
+    figures = "\n".join(f"- {line}" for line in evaluation.lines())
+    return (
+        f"# {config.register}\n\nA BERT encoder pretrained without labels by rayssl: recipe "
+        f"{config.recipe}, {config.steps} steps of {config.order.rows_per_step} rows.\n\n"
+        f"## Data\n\nFingerprint {run.manifest.fingerprint}\n\n{shards}\n\n"
+        f"## Held-out figures\n\n{figures}\n\n"
+        "## Limits\n\nKnows the language and the subjects of its data and nothing else.\n"
+    )

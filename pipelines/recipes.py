@@ -1,0 +1,79 @@
+"""Named runs: functions that return a whole RunConfig. Flags change fields, nothing else."""
+
+from collections.abc import Callable
+
+from pipelines.config import RunConfig
+from pipelines.errors import UserError, nearest
+from pipelines.plan import OrderConfig
+from pipelines.text import TextConfig
+from pipelines.vocabulary import VocabularyConfig
+from ssl_models.bert import BertConfig
+from ssl_models.masked_language import MaskedLanguageConfig
+from ssl_models.optim import OptimizerConfig
+
+
+def text_tiny() -> RunConfig:
+    """A BERT of two layers and 32 features on rows of 32 tokens: for tests, seconds of CPU."""
+    return RunConfig(
+        recipe="text-tiny",
+        steps=20,
+        workers=1,
+        checkpoint_every=5,
+        log_every=1,
+        vocabulary=VocabularyConfig(size=512, alphabet=64),
+        text=TextConfig(max_length=32),
+        order=OrderConfig(rows_per_step=16, slots=4, steps_per_block=2, blocks_per_order=4),
+        objective=MaskedLanguageConfig(
+            encoder=BertConfig(
+                vocab_size=512,
+                max_length=32,
+                hidden_size=32,
+                num_layers=2,
+                num_heads=2,
+                intermediate_size=64,
+            )
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+    )
+
+
+def text_mini() -> RunConfig:
+    """A BERT of two layers and 128 features on rows of 128 tokens."""
+    return RunConfig(
+        recipe="text-mini",
+        steps=1200,
+        workers=2,
+        checkpoint_every=100,
+        log_every=10,
+        vocabulary=VocabularyConfig(size=8192),
+        text=TextConfig(max_length=128),
+        order=OrderConfig(rows_per_step=64, slots=4, steps_per_block=4, blocks_per_order=8),
+        objective=MaskedLanguageConfig(
+            encoder=BertConfig(
+                vocab_size=8192,
+                max_length=128,
+                hidden_size=128,
+                num_layers=2,
+                num_heads=2,
+                intermediate_size=512,
+            )
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "text-tiny": text_tiny,
+    "text-mini": text_mini,
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """Return the config of a named run.
+
+    Raises:
+        UserError: If there is no recipe of that name; the nearest one is named.
+    """
+    if name not in RECIPES:
+        raise UserError(f"no recipe {name!r}.{nearest(name, RECIPES)}")
+    return RECIPES[name]()

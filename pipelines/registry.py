@@ -1,0 +1,328 @@
+"""Handover of an encoder through the MLflow model registry, and back.
+
+The artifact holds a bundle (`bundle.py`) and no code, and nothing of it is unpickled:
+
+    MLmodel, requirements.txt ...   flavours `rayssl` and `python_function`, signature, example
+    encoder/                        the bundle, as it was written
+    version tag                     rayssl.manifest_sha256: what `resolve` compares the bundle with
+"""
+
+import importlib.metadata
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pipelines.bundle import FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
+from pipelines.errors import nearest
+from pipelines.mlflow_client import open_client, sqlite_path
+from pipelines.tracking import RUN_KEY_TAG
+from pipelines.vocabulary import Vocabulary
+from ssl_models import ObjectiveConfig, build_objective
+from ssl_models.objective import Batch, Objective
+
+MANIFEST_TAG = "rayssl.manifest_sha256"
+FLAVOR = "rayssl"
+LOADER_MODULE = "pipelines.registry"
+BUNDLE_FOLDER = "encoder"
+REQUIREMENTS = ("rayssl", "mlflow", "numpy", "pydantic", "safetensors", "tokenizers", "torch")
+EXAMPLE_TEXT = "A sentence to embed."
+ROWS_PER_BATCH = 64
+
+MODEL_NAME = re.compile(r"[\w.\- ]+")
+MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
+
+
+class Registered(NamedTuple):
+    """A version of a registered model."""
+
+    version: int
+    model_uri: str
+    """`models:/NAME/VERSION`, which always means the same bytes."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A pretrained encoder, in evaluation mode; its parameters can be trained further."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    vocabulary: Vocabulary
+    objective: Objective
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Splits raw text and knows no control tokens; `vocabulary` has their ids."""
+        return self.vocabulary.tokenizer
+
+    def encode(self, texts: list[str]) -> NDArray[np.float32]:
+        """Return the embeddings float32 (texts, hidden size), without dropout.
+
+        A text is cut to the longest row of the pretraining.
+        """
+        encoder = self.config["objective"]["encoder"]
+        rows = [
+            [self.vocabulary.cls, *ids[: encoder["max_length"] - 2].tolist(), self.vocabulary.sep]
+            for ids in self.vocabulary.encode(texts)
+        ]
+        features = [np.zeros((0, encoder["hidden_size"]), dtype=np.float32)]
+        was_training = self.objective.training
+        self.objective.eval()
+        with torch.no_grad():
+            for start in range(0, len(rows), ROWS_PER_BATCH):
+                batch = self._batch(rows[start : start + ROWS_PER_BATCH])
+                features.append(self.objective.encode(batch).cpu().numpy())
+        self.objective.train(was_training)
+        return np.concatenate(features)
+
+    def _batch(self, rows: list[list[int]]) -> Batch:
+        shape = len(rows), max(len(row) for row in rows)
+        input_ids = torch.full(shape, self.vocabulary.pad)
+        attention_mask = torch.zeros(shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = True
+        device = next(self.objective.parameters()).device
+        return {
+            "input_ids": input_ids.to(device),
+            "token_type_ids": torch.zeros_like(input_ids, device=device),
+            "attention_mask": attention_mask.to(device),
+        }
+
+
+def load_encoder(uri: str, tracking_uri: str = "sqlite:///mlflow.db") -> Encoder:
+    """Return the encoder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a bundle directory.
+
+    Raises:
+        BundleError: If there is none, or if it is not byte for byte what was registered.
+    """
+    return _read_encoder(resolve(uri, tracking_uri))
+
+
+def _read_encoder(directory: Path) -> Encoder:
+    """Read a verified bundle."""
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"config.json has format version {config.get('format_version')}, this rayssl reads "
+            f"{FORMAT_VERSION}: use the rayssl that wrote it"
+        )
+    state: dict[str, Tensor] = load_file(directory / "model.safetensors")
+    adapter = TypeAdapter[ObjectiveConfig](ObjectiveConfig)
+    try:
+        objective_config = adapter.validate_python(config.get("objective"), extra="forbid")
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+            objective = build_objective(objective_config)
+        objective.load_state_dict(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("objective", *first["loc"]))
+        raise BundleError(f"config.json: {where}: {first['msg']}") from error
+    except RuntimeError as error:
+        what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
+        raise BundleError(f"model.safetensors does not fit config.json: {what:.200}") from error
+    vocabulary = Vocabulary((directory / "tokenizer.json").read_text())
+    return Encoder(config, state, vocabulary, objective.eval())
+
+
+def resolve(uri: str, tracking_uri: str) -> Path:
+    """Return a verified local bundle directory; an alias is looked up once.
+
+    What lies on a server is downloaded into a temporary directory.
+
+    Raises:
+        BundleError: If there is none, if it holds code, or if it is not what was registered.
+    """
+    if not uri.startswith("models:"):
+        verify_bundle(Path(uri))
+        return Path(uri)
+    match = MODEL_URI.fullmatch(uri)
+    if match is None:
+        raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
+    client = open_client(tracking_uri)
+    version = _find_version(client, uri, *match.groups())
+    root = _download(client, version.name, version.version, tracking_uri)
+    _refuse_code(root, uri)
+    verify_bundle(root / BUNDLE_FOLDER)
+    if manifest_sha256(root / BUNDLE_FOLDER) != version.tags.get(MANIFEST_TAG):
+        raise BundleError(
+            f"manifest.json of {uri} is not what was registered: SHA-256 differs; register it anew"
+        )
+    return root / BUNDLE_FOLDER
+
+
+def _find_version(client: Any, uri: str, name: str, alias: str | None, number: str | None) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if alias is None:
+            return client.get_model_version(name, number)
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise BundleError(f"{uri}: MLflow did not answer: {error!s:.120}") from error
+    names = {model.name: model for model in client.search_registered_models()}
+    if not names:
+        raise BundleError(f"{uri}: no model is registered yet; register one")
+    if name not in names:
+        raise BundleError(f"{uri}: no model {name!r} is registered.{nearest(name, names)}")
+    if alias is None:
+        raise BundleError(f"{uri}: {name!r} has no version {number}")
+    aliases = names[name].aliases
+    hint = nearest(alias, aliases) if aliases else " It has none."
+    raise BundleError(f"{uri}: {name!r} has no alias {alias!r}.{hint}")
+
+
+def _download(client: Any, name: str, version: str, tracking_uri: str) -> Path:
+    """Return a local directory of the artifacts.
+
+    Not by their models:/ URI, which MLflow would look up in its global tracking store.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    uri = client.get_model_version_download_uri(name, version)
+    return Path(download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri))
+
+
+def _refuse_code(root: Path, uri: str) -> None:
+    from mlflow.models import Model
+
+    flavors = Model.load(str(root)).flavors
+    if FLAVOR not in flavors:
+        raise BundleError(f"{uri} is no rayssl encoder: its flavours are {', '.join(flavors)}")
+    for name, flavor in flavors.items():
+        if flavor.get("code") or flavor.get("model_code_path"):
+            raise BundleError(f"{uri} carries code in its flavour {name}: refused")
+
+
+def register(
+    bundle_dir: Path,
+    *,
+    tracking_uri: str,
+    run_id: str,
+    name: str,
+    alias: str = "candidate",
+    tags: dict[str, str],
+) -> Registered:
+    """Register a bundle as a version of `name` and point `alias` at it.
+
+    The same bundle of the same run is registered once, however often this is called. `tags` are
+    those of the version, `rayssl.run_key` among them.
+
+    Raises:
+        BundleError: If the bundle was altered since it was written.
+        ValueError: If the name cannot be one, or the run key is missing.
+    """
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError(f"model name {name!r}: use letters, digits, space and _ . -")
+    if RUN_KEY_TAG not in tags:
+        raise ValueError(f"tags must hold {RUN_KEY_TAG}, got {sorted(tags)}")
+    verify_bundle(bundle_dir)
+    client = open_client(tracking_uri)
+    version_tags = {**tags, MANIFEST_TAG: manifest_sha256(bundle_dir)}
+    version = _registered_before(client, name, version_tags)
+    if version is None:
+        version = _register_anew(client, bundle_dir, run_id, name, version_tags)
+    client.set_registered_model_alias(name, alias, str(version))
+    return Registered(version, f"models:/{name}/{version}")
+
+
+def _registered_before(client: Any, name: str, tags: dict[str, str]) -> int | None:
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if all(version.tags.get(key) == tags[key] for key in (RUN_KEY_TAG, MANIFEST_TAG)):
+            return int(version.version)
+    return None
+
+
+def _register_anew(
+    client: Any, bundle_dir: Path, run_id: str, name: str, tags: dict[str, str]
+) -> int:
+    """Log the bundle and make it a version.
+
+    `mlflow.models.Model.log` would do it in one call, but through the global tracking URI.
+    """
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    experiment_id = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(
+        experiment_id, name=name, source_run_id=run_id, tags=tags, model_type="encoder"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        _save_model(Path(folder, "model"), bundle_dir, logged, run_id)
+        client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # Not models:/MODEL_ID, which a SQLite store would look up in the global tracking store.
+    source = logged.artifact_location
+    version = client.create_model_version(
+        name, source, run_id=run_id, tags=tags, model_id=logged.model_id
+    )
+    link = json.dumps([{"name": name, "version": int(version.version)}])
+    client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
+    return int(version.version)
+
+
+def _save_model(path: Path, bundle_dir: Path, logged: Any, run_id: str) -> None:
+    """Write the MLflow model directory around a copy of the bundle."""
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    config = json.loads((bundle_dir / "config.json").read_text())
+    hidden_size = config["objective"]["encoder"]["hidden_size"]
+    model = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+    model.add_flavor(FLAVOR, format_version=FORMAT_VERSION, bundle=BUNDLE_FOLDER)
+    mlflow.pyfunc.save_model(
+        str(path),
+        loader_module=LOADER_MODULE,
+        mlflow_model=model,
+        signature=ModelSignature(
+            inputs=Schema([ColSpec("string", "text")]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, hidden_size))]),
+        ),
+        input_example={"text": [EXAMPLE_TEXT]},
+        pip_requirements=[_pin(requirement) for requirement in REQUIREMENTS],
+    )
+    shutil.copytree(bundle_dir, path / BUNDLE_FOLDER)
+
+
+def _pin(requirement: str) -> str:
+    """Return NAME==VERSION without a local part such as +cpu, which no index has."""
+    return f"{requirement}=={importlib.metadata.version(requirement).partition('+')[0]}"
+
+
+class _PyfuncEncoder:
+    """What MLflow's generic `python_function` flavour calls."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def predict(self, data: Any, params: dict[str, Any] | None = None) -> NDArray[np.float32]:
+        """Embed the column `text` of a DataFrame, or a list of texts; there are no params."""
+        del params
+        return self._encoder.encode(list(data["text"] if hasattr(data, "columns") else data))
+
+
+def _load_pyfunc(path: str) -> _PyfuncEncoder:
+    """Load for `mlflow.pyfunc.load_model`, which cannot compare with the version's tag."""
+    return _PyfuncEncoder(load_encoder(str(Path(path, BUNDLE_FOLDER))))

@@ -1,0 +1,75 @@
+"""Files that are whole or not there: written aside, synced, then renamed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a crash leaves either old or new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that a crash leaves either old or new."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder that a crash leaves either complete or not there.
+
+    `fill` writes its files into the folder it is given.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    fill(aside)
+    for file in aside.iterdir():
+        _sync(file)
+    _sync(aside)
+    aside.rename(path)
+    _sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of every file of a flat folder, by name."""
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(folder.iterdir())
+    }
+
+
+def difference(folder: Path, recorded: dict[str, dict[str, Any]]) -> str:
+    """Return how the files of a folder differ from an inventory; empty if they do not."""
+    for name, entry in recorded.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes where {entry['bytes']} were written"
+        if sha256_of(file) != entry["sha256"]:
+            return f"{name} is not what was written: its SHA-256 differs"
+    return ""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

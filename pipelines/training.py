@@ -1,0 +1,286 @@
+"""The training loop: one function, for every objective and any number of workers."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.batches import ArrayBatch, Edge, Rank, RowSource, Step, chain, slot_digest, steps
+from pipelines.checkpoint import START_DIGEST, Attempt, Commit, CommitLog, Saver, restore
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from pipelines.feed import Feed
+from pipelines.plan import Cursor
+from pipelines.randomness import key
+from pipelines.run import Run
+from pipelines.tracking import SpoolWriter
+from ssl_models import build_objective
+from ssl_models.objective import Batch, Objective, joint_loss
+from ssl_models.optim import FlatGradients, build_optimizer, learning_rate
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What every worker of a run is told."""
+
+    config: RunConfig
+    run_dir: Path
+    source_ref: "ray.ObjectRef[RowSource]"
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """What a worker trains, and with what."""
+
+    config: RunConfig
+    device: torch.device
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    gradients: FlatGradients
+
+
+@dataclass
+class Position:
+    """Where a run stands, as the next commit will tell it."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    digest: str = START_DIGEST
+    fates: dict[str, int] = field(default_factory=dict)
+    parent: str = ""
+
+
+class Consumed(NamedTuple):
+    """What one rank gave to the model since the last commit."""
+
+    digests: list[dict[int, bytes]]
+    """For each step, the digest of each of its slots."""
+    fates: Any
+
+
+def train_worker(job: Job) -> None:
+    """Train from the newest commit to the last step; runs in every Ray Train worker.
+
+    Raises:
+        FloatingPointError: If a gradient is not finite; nothing of that step is kept.
+    """
+    config = job.config
+    rank = ray.train.get_context().get_world_rank()
+    feed: Feed = ray.train.get_dataset_shard("train")
+    source = ray.get(job.source_ref)
+    learner = build_learner(config, ray.train.torch.get_device())
+    log = CommitLog(job.run_dir)
+    position = resume(log, feed.attempt, learner)
+    saver = Saver(log)
+    meter = Meter(learner, job.run_dir / "spool" / f"{feed.attempt.number:06d}.jsonl", rank)
+    consumed = Consumed([], np.zeros(len(source.maker.fates), dtype=np.int64))
+
+    members = Rank(rank=rank, size=dist.get_world_size(), gather=_gather)
+    stream = steps(feed.blocks(), source.maker, config.order, position.cursor, members)
+    for step in meter.waits(stream):
+        metrics = train_step(learner, step.slots, position.step)
+        position.step, position.cursor = position.step + 1, step.cursor
+        consumed.digests.append({s: slot_digest(batch) for s, batch in step.slots.items()})
+        consumed.fates[:] += step.fates
+        last = position.step == config.steps
+        meter.add(metrics)
+        if last or position.step % config.log_every == 0:
+            meter.log(position.step)
+        if last or position.step % config.checkpoint_every == 0:
+            commit = advance(position, consumed, feed.attempt, source.maker.fates)
+            if rank == 0:
+                saver.save(commit, learner.objective, learner.optimizer)
+        if last:
+            break
+    saver.wait()
+
+
+def build_learner(config: RunConfig, device: torch.device) -> Learner:
+    """Return a learner with freshly drawn weights, the same on every rank."""
+    torch.set_num_threads(config.threads_per_worker)
+    torch.manual_seed(key(config.seed, "weights") >> 1)
+    objective = build_objective(config.objective).to(device)
+    return Learner(
+        config,
+        device,
+        objective,
+        build_optimizer(objective, config.optimizer),
+        FlatGradients(objective),
+    )
+
+
+def load_objective(run: Run) -> Objective:
+    """Return the objective of a run's newest commit, on the CPU.
+
+    Raises:
+        UserError: If the run has no commit yet.
+        DataError: If its checkpoint is not what was committed.
+    """
+    commit = run.log.newest()
+    if commit is None:
+        raise UserError(f"run {run.dir.name!r} has no commit yet")
+    objective = build_objective(run.config.objective)
+    objective.load_state_dict(run.log.load(commit)[0])
+    return objective
+
+
+def resume(log: CommitLog, attempt: Attempt, learner: Learner) -> Position:
+    """Load the commit that an attempt goes on from, and return where it stands."""
+    if not attempt.commit:
+        return Position()
+    commit = log.commit(attempt.commit)
+    restore(log.load(commit), learner.objective, learner.optimizer)
+    return Position(commit.step, commit.cursor, commit.digest, dict(commit.fates), commit.name)
+
+
+def train_step(learner: Learner, slots: dict[int, ArrayBatch], step: int) -> dict[str, Tensor]:
+    """Make one optimizer step on this rank's slots; return (sum, weight) of each metric.
+
+    Weights are added over all slots of all ranks before the backward pass, so the summed
+    gradient is that of the whole batch, and clipping sees its true norm.
+    """
+    objective, config = learner.objective, learner.config
+    batches = {slot: _to_device(batch, learner.device) for slot, batch in slots.items()}
+    totals = _sum_over_ranks([objective.weights(batch) for batch in batches.values()])
+    learner.gradients.zero()
+    metrics: dict[str, Any] = {}
+    for slot, batch in sorted(batches.items()):
+        # Dropout depends on the slot, not on who computes it.
+        torch.manual_seed(key(config.seed, step, slot, "dropout") >> 1)
+        with torch.autocast(learner.device.type, torch.bfloat16, learner.device.type == "cuda"):
+            output = objective(batch)
+        loss = joint_loss(output.terms, objective.coefficients, totals)
+        torch.autograd.backward(loss)
+        # The slots' shares of the loss add up to it, so each weighs a slot's share of a step.
+        share = torch.tensor(1 / config.order.slots, device=learner.device)
+        for name, pair in {**output.metrics, "loss": (loss.detach(), share)}.items():
+            metrics[name] = metrics.get(name, 0) + torch.stack(pair)
+    dist.all_reduce(learner.gradients.vector)
+    norm = learner.gradients.clip(config.optimizer.clip_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient of step {step} has norm {norm.item()}")
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, step, config.steps)
+    learner.optimizer.step()
+    one = torch.ones((), device=learner.device)
+    return metrics | {"gradient_norm": torch.stack([norm, one])}
+
+
+def advance(
+    position: Position, consumed: Consumed, attempt: Attempt, fates: Sequence[str]
+) -> Commit:
+    """Gather what all ranks consumed, empty `consumed`, and return the commit of this position.
+
+    The chained digest takes the slots in slot order, whoever held them.
+    """
+    gathered: list[Consumed] = [consumed] * dist.get_world_size()
+    dist.all_gather_object(gathered, consumed)
+    digests: list[str] = []
+    for parts in zip(*(part.digests for part in gathered), strict=True):
+        slots = {slot: digest for part in parts for slot, digest in part.items()}
+        position.digest = chain(position.digest, [slots[slot] for slot in sorted(slots)])
+        digests.append(position.digest)
+    for name, count in zip(fates, sum(part.fates for part in gathered).tolist(), strict=True):
+        position.fates[name] = position.fates.get(name, 0) + count
+    consumed.digests.clear()
+    consumed.fates[:] = 0
+    commit = Commit(
+        step=position.step,
+        attempt=attempt.number,
+        parent=position.parent,
+        cursor=position.cursor,
+        digests=tuple(digests),
+        fates=dict(position.fates),
+        workers=attempt.workers,
+        manifest_sha256="",
+    )
+    position.parent = commit.name
+    return commit
+
+
+class Meter:
+    """Adds up metrics between two logged steps; rank 0 writes them to the spool."""
+
+    def __init__(self, learner: Learner, spool: Path, rank: int) -> None:
+        self._config = learner.config
+        self._spool = SpoolWriter(spool) if rank == 0 else None
+        self._reset()
+
+    def waits(self, stream: Iterable[Step]) -> Iterator[Step]:
+        """Yield the steps of a stream, and measure how long each was waited for."""
+        steps_to_come = iter(stream)
+        while True:
+            asked = time.perf_counter()
+            step = next(steps_to_come)
+            self._waited += time.perf_counter() - asked
+            yield step
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add this rank's (sum, weight) of each metric of a step."""
+        self._steps += 1
+        for name, pair in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + pair
+
+    def log(self, step: int) -> None:
+        """Log the means over all ranks since the last call; called by all of them."""
+        names = sorted(self._sums)
+        table = torch.stack([self._sums[name] for name in names])
+        dist.all_reduce(table)
+        means = {
+            name: total / weight
+            for name, (total, weight) in zip(names, table.tolist(), strict=True)
+            if weight > 0
+        }
+        seconds = time.perf_counter() - self._since
+        rows_per_second = self._steps * self._config.order.rows_per_step / seconds
+        rates = {
+            f"{name.removesuffix('_per_row')}_per_second": mean * rows_per_second
+            for name, mean in means.items()
+            if name.endswith("_per_row")
+        }
+        if self._spool is not None:
+            self._spool.append(
+                step,
+                means
+                | rates
+                | {
+                    "rows_per_second": rows_per_second,
+                    "data_wait_ratio": self._waited / seconds,
+                    "learning_rate": learning_rate(
+                        self._config.optimizer, step - 1, self._config.steps
+                    ),
+                },
+            )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+        self._sums: dict[str, Any] = {}
+
+
+def _sum_over_ranks(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = sorted(parts[0])
+    sums = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in names])
+    dist.all_reduce(sums)
+    return dict(zip(names, sums, strict=True))
+
+
+def _gather(edges: dict[int, Edge]) -> list[dict[int, Edge]]:
+    gathered = [edges] * dist.get_world_size()
+    dist.all_gather_object(gathered, edges)
+    return gathered
+
+
+def _to_device(batch: ArrayBatch, device: torch.device) -> Batch:
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}

@@ -1,0 +1,21 @@
+"""The mathematics of rayssl: encoders, and the objectives that train them; torch and numpy only.
+
+An objective (`objective.py`) is a model with its loss. Each lives in one module with its config;
+the union of those configs is what a run may choose from.
+"""
+
+from typing import assert_never
+
+from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
+from ssl_models.objective import Objective
+
+ObjectiveConfig = MaskedLanguageConfig
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """Return the objective that a config describes, with freshly drawn weights."""
+    match config:
+        case MaskedLanguageConfig():
+            return MaskedLanguage(config)
+        case _:
+            assert_never(config)
