@@ -163,6 +163,8 @@ class Rank:
     size: int = 1
     gather: Callable[[dict[int, Edge]], list[dict[int, Edge]]] = lambda edges: [edges]
     """Returns what every rank gave, on every rank."""
+    first_block: int = 0
+    """Number, in the whole run, of the block that the stream starts with."""
 
 
 def steps(
@@ -176,7 +178,7 @@ def steps(
     mine = iter(blocks)
     position = (start.order, start.row)
     done = start.steps_done
-    next_block = 0
+    next_block = rank.first_block
     while True:
         slots = [s for s in range(config.slots) if (next_block + s) % rank.size == rank.rank]
         held = {slot: next(mine, None) for slot in slots}

@@ -1,8 +1,8 @@
 """The commit log of a run: what has been trained, and where to go on.
 
     attempts/000002.json                    a start of the worker group: from which commit, W
-    checkpoints/step-000100-000002/         model, optimizer and state, with a hashed manifest
-    commits/000002-000100.json              one small object, written last: the checkpoint counts
+    checkpoints/step-000000100-000002/      model, optimizer and state, with a hashed manifest
+    commits/000002-000000100.json           one small object, written last: the checkpoint counts
 
 A checkpoint exists once its commit does. Commits of an attempt that was superseded lose to those
 of a later one, whatever their step. Ray keeps no checkpoint of ours: this log is the truth.
@@ -48,12 +48,12 @@ class Commit:
     @property
     def name(self) -> str:
         """Sorts by attempt, then step."""
-        return f"{self.attempt:06d}-{self.step:06d}"
+        return f"{self.attempt:06d}-{self.step:09d}"
 
     @property
     def checkpoint(self) -> str:
         """Folder of its checkpoint."""
-        return f"step-{self.step:06d}-{self.attempt:06d}"
+        return f"step-{self.step:09d}-{self.attempt:06d}"
 
     @property
     def digest(self) -> str:
@@ -85,25 +85,16 @@ class CommitLog:
         Raises:
             DataError: If there are commits, but none whose checkpoint is whole.
         """
-        rejected: list[str] = []
-        chosen = ""
-        for name in self._names():
-            wrong = self._wrong(name)
-            if not wrong:
-                chosen = name
-                break
-            rejected.append(f"{name}: {wrong}")
-        if rejected and not chosen:
-            raise DataError(
-                f"{self.run_dir}: no checkpoint is whole ({'; '.join(rejected)}); "
-                "start a run of another name"
-            )
+        chosen, rejected = self.newest_whole()
+        # What a killed process left half-written; a name is never used again.
+        for remains in (self.run_dir / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(remains, ignore_errors=True)
         taken = [int(path.stem) for path in (self.run_dir / "attempts").glob("*.json")]
         attempt = Attempt(
             number=max(taken, default=0) + 1,
             workers=workers,
-            commit=chosen,
-            rejected=tuple(rejected),
+            commit=chosen.name if chosen else "",
+            rejected=rejected,
         )
         write_json(self.run_dir / "attempts" / f"{attempt.number:06d}.json", asdict(attempt))
         return attempt
@@ -126,9 +117,28 @@ class CommitLog:
             raise DataError(f"{path} is not a commit: {str(error).splitlines()[0]}") from error
 
     def newest(self) -> Commit | None:
-        """Return the newest commit, or None before the first."""
+        """Return the newest commit, whole or not, or None before the first."""
         names = self._names()
         return self.commit(names[0]) if names else None
+
+    def newest_whole(self) -> tuple[Commit | None, tuple[str, ...]]:
+        """Return the newest commit whose checkpoint is whole, and why newer ones are not.
+
+        Raises:
+            DataError: If there are commits, but none whose checkpoint is whole.
+        """
+        rejected: list[str] = []
+        for name in self._names():
+            wrong = self._wrong(name)
+            if not wrong:
+                return self.commit(name), tuple(rejected)
+            rejected.append(f"{name}: {wrong}")
+        if rejected:
+            raise DataError(
+                f"{self.run_dir}: no checkpoint is whole ({'; '.join(rejected)}); "
+                "start a run of another name"
+            )
+        return None, ()
 
     def lineage(self, commit: Commit) -> list[Commit]:
         """Return the commits that led to one, oldest first, itself last."""
@@ -186,15 +196,22 @@ class CommitLog:
             return f"{folder.name} is gone"
         if sha256_of(listing) != commit.manifest_sha256:
             return f"{folder.name}/MANIFEST.json is not what was written: its SHA-256 differs"
-        wrong = difference(folder, json.loads(listing.read_text()))
-        return f"{folder.name}/{wrong}" if wrong else ""
+        if wrong := difference(folder, json.loads(listing.read_text())):
+            return f"{folder.name}/{wrong}"
+        # The commit itself has no hash, but its checkpoint holds a copy that has one.
+        state = TypeAdapter(Commit).validate_json((folder / "state.json").read_bytes())
+        if state != replace(commit, manifest_sha256=""):
+            return f"the commit is not what was written: {folder.name}/state.json differs"
+        return ""
 
     def _prune(self) -> None:
         """Remove old checkpoints, once two newer ones are known to be whole."""
         names = self._names()
         if len(names) > KEPT_CHECKPOINTS and not any(map(self._wrong, names[:2])):
             for name in names[KEPT_CHECKPOINTS:]:
-                shutil.rmtree(self.checkpoint_dir(self.commit(name)), ignore_errors=True)
+                attempt, step = name.split("-")
+                folder = self.run_dir / "checkpoints" / f"step-{step}-{attempt}"
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Saver:

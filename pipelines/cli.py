@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = _run(given[0], given[1:])
     except UserError as error:
+        if "--verbose" in given:
+            traceback.print_exception(error)
         print(f"rayssl: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -14,6 +14,9 @@ from pipelines.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+LOCAL_OBJECT_STORE_BYTES = 1 << 30
+"""Travelling blocks are small; Ray would take a third of the memory."""
+
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # keeps relative paths what they are
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,11 +42,13 @@ def cluster(address: str, num_cpus: int, *, verbose: bool) -> Iterator[None]:
         _quiet(verbose)
         yield
         return
+    address = address or os.environ.get("RAY_ADDRESS", "")  # a submitted job finds its cluster
     level = logging.INFO if verbose else logging.ERROR
     try:
         ray.init(
             address=address or "local",
             num_cpus=None if address else num_cpus,
+            object_store_memory=None if address else LOCAL_OBJECT_STORE_BYTES,
             include_dashboard=None if address else False,
             log_to_driver=verbose,
             logging_level=level,

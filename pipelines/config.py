@@ -1,5 +1,6 @@
 """The record of a run: every number that decides what it does, in one frozen value."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class RunConfig:
         for name in ("steps", "threads_per_worker", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not re.fullmatch(r"[\w-][\w.-]*|", self.name):
+            raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not 1 <= self.workers <= self.order.slots:
@@ -114,13 +117,17 @@ def from_record(record: dict[str, Any]) -> RunConfig:
             named.
     """
     try:
-        return TypeAdapter(RunConfig).validate_python(record, extra="forbid")
+        config = TypeAdapter(RunConfig).validate_python(record, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         unknown = first["type"] == "unexpected_keyword_argument"
         said = f"unknown key.{nearest(place, _known_keys())}" if unknown else first["msg"]
         raise DataError(f"recorded config: {place}: {said}") from error
+    # A key that is not there would take today's default, whatever the run was made with.
+    if missing := sorted(_known_keys() - to_flat(record).keys()):
+        raise DataError(f"recorded config: {missing[0]}: missing key")
+    return config
 
 
 def to_flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:

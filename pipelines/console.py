@@ -70,4 +70,5 @@ class Progress:
 def _describe(attempt: Attempt) -> list[str]:
     lines = [f"not used: {reason}" for reason in attempt.rejected]
     where = f"from commit {attempt.commit}" if attempt.commit else "from the start"
-    return [*lines, f"training {where} with {attempt.workers} workers"]
+    workers = f"{attempt.workers} worker{'s' if attempt.workers > 1 else ''}"
+    return [*lines, f"training {where} with {workers}"]

@@ -1,5 +1,6 @@
 """What a text encoder has learned, on held-out documents, beside what it has to beat."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,17 +45,26 @@ class Evaluation:
     """Accuracy of a classifier that sees only the lengths of A and B."""
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures by the names they are logged under."""
-        return {f"heldout/{name}": float(value) for name, value in asdict(self).items()}
+        """Return the figures by the names they are logged under, but for what no pair gave."""
+        return {
+            f"heldout/{name}": float(value)
+            for name, value in asdict(self).items()
+            if not (name.startswith("nsp_") and math.isnan(value))
+        }
 
     def lines(self) -> list[str]:
         """Return the figures in words."""
         low, high = self.nsp_accuracy_low, self.nsp_accuracy_high
         beaten = low > max(0.5, self.nsp_length_accuracy)
-        return [
+        masked_tokens = [
             f"on {self.documents} held-out documents:",
             f"  masked tokens: loss {self.mlm_loss:.3f} where word frequencies alone give "
             f"{self.unigram_loss:.3f}; accuracy {self.mlm_accuracy:.1%}",
+        ]
+        if not self.nsp_pairs:
+            return masked_tokens
+        return [
+            *masked_tokens,
             f"  next sentence: accuracy {self.nsp_accuracy:.1%}, 95 % interval {low:.1%} to "
             f"{high:.1%} over {self.nsp_pairs} pairs; lengths alone give "
             f"{self.nsp_length_accuracy:.1%}" + ("" if beaten else ": not above chance"),
@@ -100,10 +110,10 @@ def evaluate(objective: Objective, run: Run) -> Evaluation:
         p_true=means["p_true"],
         unigram_loss=_unigram_loss(run, rows),
         nsp_pairs=int(paired.sum()),
-        nsp_accuracy=float(nsp_correct[paired].mean()),
+        nsp_accuracy=_share(nsp_correct[paired]),
         nsp_accuracy_low=low,
         nsp_accuracy_high=high,
-        nsp_length_accuracy=float((by_length[_length_bins(rows.filter(paired))] == labels).mean()),
+        nsp_length_accuracy=_share(by_length[_length_bins(rows.filter(paired))] == labels),
     )
 
 
@@ -140,8 +150,15 @@ def _unigram_loss(run: Run, rows: pa.Table) -> float:
     return float(-np.log(counts / counts.sum())[targets].mean())
 
 
+def _share(correct: NDArray[np.bool_]) -> float:
+    """Return the share that is right; NaN where there is nothing to judge."""
+    return float(correct.mean()) if len(correct) else math.nan
+
+
 def _bootstrap(correct: NDArray[np.bool_], documents: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the 95 % interval of the accuracy when documents are drawn anew."""
+    """Return the 95 % interval of `_share` when documents are drawn anew."""
+    if not len(correct):
+        return math.nan, math.nan
     _, index = np.unique(documents, return_inverse=True)
     right, pairs = np.bincount(index, weights=correct), np.bincount(index)
     drawn = np.random.default_rng(0).integers(len(pairs), size=(NUM_RESAMPLES, len(pairs)))

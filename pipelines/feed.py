@@ -58,12 +58,18 @@ class PlannedDataConfig(DataConfig):
         del worker_handles
         attempt = self._log.begin_attempt(world_size)
         commit = self._log.commit(attempt.commit) if attempt.commit else None
-        orders = self._orders(commit.cursor if commit else Cursor(), commit.step if commit else 0)
+        step = commit.step if commit else 0
+        orders = self._orders(commit.cursor if commit else Cursor(), step)
         blocks = dataset(self._source_ref, self._order, orders)
         blocks.context.execution_options = self._resolve_execution_options("train")
         blocks.set_name("train")
-        splits = blocks.streaming_split(world_size, equal=True, locality_hints=worker_node_ids)
-        return [{name: Feed(split, attempt) for name in datasets} for split in splits]
+        # Ray deals to its first split first. The run goes on dealing where it stood, so that a
+        # slot has the same rank, and a sum over ranks the same bits, as if it had never stopped.
+        turn = self._order.first_block(step) % world_size
+        hints = worker_node_ids and [*worker_node_ids[turn:], *worker_node_ids[:turn]]
+        splits = blocks.streaming_split(world_size, equal=True, locality_hints=hints)
+        feeds = [Feed(splits[rank - turn], attempt) for rank in range(world_size)]
+        return [dict.fromkeys(datasets, feed) for feed in feeds]
 
     def _orders(self, start: Cursor, step: int) -> Orders:
         source: RowSource = ray.get(self._source_ref)

@@ -22,8 +22,11 @@ def fill_mask(encoder: Encoder, text: str, top: int) -> list[list[Guess]]:
     """Return the `top` most probable pieces for each [MASK] of a text, in its order.
 
     Raises:
-        UserError: If the text has no [MASK], or is longer than the encoder's rows.
+        UserError: If the text has no [MASK], or is longer than the encoder's rows, or if `top`
+            is not at least 1.
     """
+    if top < 1:
+        raise UserError(f"top must be at least 1, got {top}")
     objective, vocabulary = encoder.objective, encoder.vocabulary
     assert isinstance(objective, MaskedLanguage)
     first, *others = (ids.tolist() for ids in vocabulary.encode(text.split(MASK)))

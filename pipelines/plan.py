@@ -55,6 +55,10 @@ class OrderConfig:
         """Rows of `slots` travelling blocks, which are `steps_per_block` steps."""
         return self.rows_per_step * self.steps_per_block
 
+    def first_block(self, step: int) -> int:
+        """Return the number of the first travelling block of the superblock of a step."""
+        return step // self.steps_per_block * self.slots
+
 
 class Cursor(NamedTuple):
     """Where a run stands in the endless sequence of rows."""

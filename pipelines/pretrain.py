@@ -28,7 +28,7 @@ from pipelines.feed import PlannedDataConfig
 from pipelines.registry import Registered, register
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
-from pipelines.tracking import RUN_KEY_TAG, Tracker
+from pipelines.tracking import RUN_KEY_TAG, Tracker, TrackingError
 from pipelines.training import Job, load_objective, train_worker
 
 CPUS_FOR_DATA = 2
@@ -76,7 +76,7 @@ def train(run: Run, worker: Any = train_worker) -> None:
         TrainingError: If the workers failed more often than `max_restarts`.
         DataError: If the data or the checkpoints cannot be trusted.
     """
-    newest = run.log.newest()
+    newest, _ = run.log.newest_whole()  # one that is spoilt is made again
     if newest is not None and newest.step >= run.config.steps:
         say(f"all {newest.step} steps have been made")
         return
@@ -98,10 +98,12 @@ def train(run: Run, worker: Any = train_worker) -> None:
 
 def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     """Evaluate, register and report a run whose steps have all been made."""
-    commit = run.log.newest()
+    commit, _ = run.log.newest_whole()
     assert commit is not None
     objective = load_objective(run)
     evaluation = evaluate(objective, run)
+    for line in evaluation.lines():
+        say(line)
     tracker.log_final_metrics(evaluation.metrics(), commit.step)
     ledger = {
         "records": {fate: vars(entry) for fate, entry in run.manifest.ledger.items()},
@@ -122,8 +124,7 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
         "registered": registered.model_uri,
     }
     write_json(run.dir / "account.json", account)
-    for line in [*evaluation.lines(), f"registered {registered.model_uri} as candidate"]:
-        say(line)
+    say(f"registered {registered.model_uri} as candidate; MLflow run {tracker.run_id}")
     return account
 
 
@@ -150,13 +151,21 @@ def hand_over(
             lineage=lineage,
             card=_card(run, evaluation),
         )
-    return register(
-        folder,
-        tracking_uri=run.config.tracking_uri,
-        run_id=run_id,
-        name=run.config.register,
-        tags={RUN_KEY_TAG: run.key, "rayssl.fingerprint": run.manifest.fingerprint},
-    )
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return register(
+            folder,
+            tracking_uri=run.config.tracking_uri,
+            run_id=run_id,
+            name=run.config.register,
+            tags={RUN_KEY_TAG: run.key, "rayssl.fingerprint": run.manifest.fingerprint},
+        )
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow at {run.config.tracking_uri} did not register {folder} ({error!s:.120}); "
+            "the bundle is whole: the same command registers it later"
+        ) from error
 
 
 def start_tracking(run: Run) -> Tracker:

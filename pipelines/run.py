@@ -1,10 +1,10 @@
 """The folder of a run: its record, its manifest, its vocabulary, and who may write to it."""
 
+import contextlib
 import fcntl
 import json
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pipelines.errors import DataError, UserError, nearest
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan
 from pipelines.shards import SourceConfig, find_shards
-from pipelines.storage import write_json, write_text
+from pipelines.storage import sha256_of, write_json, write_text
 from pipelines.text import TextRows
 from pipelines.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
 
@@ -47,7 +47,7 @@ class Run:
         return RowSource(plan, TextRows(self.config.text, self.vocabulary))
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(config: RunConfig) -> Iterator[Path]:
     """Hold the folder of a run; the lock goes with the process, however it ends.
 
@@ -104,14 +104,26 @@ def load_run(run_dir: Path) -> Run:
         others = [found.parent.name for found in run_dir.parent.glob("*/run.json")]
         hint = nearest(run_dir.name, others) if others else " There are no runs yet."
         raise UserError(f"no run {run_dir.name!r} in {run_dir.parent}.{hint}")
-    record = json.loads(path.read_text())
-    if record.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path} has format {record.get('format_version')}, not {FORMAT_VERSION}")
-    manifest = Manifest.from_json((run_dir / "manifest.json").read_text())
-    if manifest.fingerprint != record["fingerprint"]:
-        raise DataError(f"{run_dir / 'manifest.json'} is not the one the run was started with")
-    vocabulary = load_vocabulary(run_dir / "tokenizer.json")
-    return Run(run_dir, record["key"], from_record(record["config"]), manifest, vocabulary)
+    try:
+        record = json.loads(path.read_text())
+        names = ("format_version", "key", "fingerprint", "tokenizer_sha256", "config")
+        version, key, fingerprint, tokenizer, config = (record[name] for name in names)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not the record of a run: {error!r}; restore it") from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format {version}, not {FORMAT_VERSION}")
+    listing = run_dir / "manifest.json"
+    try:
+        manifest = Manifest.from_json(listing.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{listing} is not a manifest: {str(error).splitlines()[0]}") from error
+    if manifest.fingerprint != fingerprint:
+        raise DataError(f"{listing} is not the one the run was started with")
+    pieces = run_dir / "tokenizer.json"
+    if not pieces.is_file() or sha256_of(pieces) != tokenizer:
+        raise DataError(f"{pieces} is not the one the run was started with; restore it")
+    vocabulary = load_vocabulary(pieces)
+    return Run(run_dir, key, from_record(config), manifest, vocabulary)
 
 
 def index(patterns: Sequence[str], source: SourceConfig, cache: Path) -> Manifest:
@@ -124,7 +136,7 @@ def index(patterns: Sequence[str], source: SourceConfig, cache: Path) -> Manifes
     paths = find_shards(patterns)
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     state = json.dumps([stamps, vars(source)])
-    if cache.exists():
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one
         cached = json.loads(cache.read_text())
         if cached["state"] == state:
             return Manifest.from_json(cached["manifest"])
@@ -151,6 +163,7 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
         "format_version": FORMAT_VERSION,
         "key": run.key,
         "fingerprint": manifest.fingerprint,
+        "tokenizer_sha256": sha256_of(run_dir / "tokenizer.json"),
         "config": to_record(settled),
     }
     write_json(run_dir / "run.json", record)

@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import sentencex
 from numpy.typing import NDArray
 
 from pipelines.manifest import Document
 from pipelines.randomness import Words64, draws, key, uniform
+from pipelines.sentences import split_sentences
 from pipelines.vocabulary import Vocabulary
 
 Ints = NDArray[np.int64]
@@ -183,7 +183,7 @@ class TextRows:
         sentences: list[str] = []
         counts: list[int] = []
         for document in documents:
-            found = sentencex.segment(self.config.language, document.text)
+            found = split_sentences(self.config.language, document.text)
             sentences += found
             counts.append(len(found))
         encoded = self.vocabulary.encode(sentences)

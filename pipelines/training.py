@@ -84,7 +84,12 @@ def train_worker(job: Job) -> None:
     meter = Meter(learner, job.run_dir / "spool" / f"{feed.attempt.number:06d}.jsonl", rank)
     consumed = Consumed([], np.zeros(len(source.maker.fates), dtype=np.int64))
 
-    members = Rank(rank=rank, size=dist.get_world_size(), gather=_gather)
+    members = Rank(
+        rank=rank,
+        size=dist.get_world_size(),
+        gather=_gather,
+        first_block=config.order.first_block(position.step),
+    )
     stream = steps(feed.blocks(), source.maker, config.order, position.cursor, members)
     for step in meter.waits(stream):
         metrics = train_step(learner, step.slots, position.step)
@@ -119,13 +124,13 @@ def build_learner(config: RunConfig, device: torch.device) -> Learner:
 
 
 def load_objective(run: Run) -> Objective:
-    """Return the objective of a run's newest commit, on the CPU.
+    """Return the objective of a run's newest whole commit, on the CPU.
 
     Raises:
         UserError: If the run has no commit yet.
-        DataError: If its checkpoint is not what was committed.
+        DataError: If no checkpoint is what was committed.
     """
-    commit = run.log.newest()
+    commit, _ = run.log.newest_whole()
     if commit is None:
         raise UserError(f"run {run.dir.name!r} has no commit yet")
     objective = build_objective(run.config.objective)

@@ -4,6 +4,7 @@ The tokenizer that reads raw text knows no control tokens, so a literal "[MASK]"
 becomes "[", "mask", "]" and never the control token of that name.
 """
 
+import json
 import os
 import unicodedata
 from collections import Counter
@@ -48,13 +49,17 @@ class Vocabulary:
     """A tokenizer, and what masking needs to know of its ids."""
 
     def __init__(self, tokenizer_json: str) -> None:
-        self.json = tokenizer_json
-        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        # Whatever it was made for: here control tokens are no text, and nothing is cut or padded.
+        bare: dict[str, Any] = {"added_tokens": [], "truncation": None, "padding": None}
+        self.tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer_json) | bare))
+        self.json = self.tokenizer.to_str()
+        if not isinstance(self.tokenizer.model, WordPiece):
+            raise DataError("its pieces are not WordPiece: train it with rayssl vocab")
         pieces = self.tokenizer.get_vocab()
         missing = [token for token in CONTROL_TOKENS if token not in pieces]
         if missing:
             raise DataError(
-                f"the vocabulary lacks {', '.join(missing)}: train it with rayssl vocab"
+                f"its vocabulary lacks {', '.join(missing)}: train it with rayssl vocab"
             )
         self.size: int = max(pieces.values()) + 1
         self.pad, self.unknown, self.cls, self.sep, self.mask = (
@@ -86,7 +91,9 @@ def train_vocabulary(texts: Callable[[], Iterable[str]], config: VocabularyConfi
     `texts` is called twice, once for the alphabet and once for the words.
     """
     trained = _tokenizer(WordPiece(unk_token="[UNK]"), config.lowercase)
-    alphabet = _alphabet(texts(), trained, config.alphabet)
+    # Every character is two pieces: one that starts a word, and one that continues it.
+    most = (config.size - len(CONTROL_TOKENS)) // 2
+    alphabet = _alphabet(texts(), trained, min(config.alphabet, most))
     trainer = WordPieceTrainer(
         vocab_size=config.size,
         min_frequency=config.min_frequency,
@@ -122,14 +129,15 @@ def load_vocabulary(path: Path) -> Vocabulary:
     """Return the vocabulary of a `tokenizer.json` that `rayssl vocab` wrote.
 
     Raises:
-        UserError: If there is no such file, or it is not a WordPiece tokenizer.
+        UserError: If there is no such file.
+        DataError: If it is not a WordPiece tokenizer with our control tokens.
     """
     if not path.is_file():
         raise UserError(f"no vocabulary at {path}: train one with rayssl vocab --out {path}")
     try:
         return Vocabulary(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise DataError(f"{path} is not a tokenizer.json of ours: {error}") from error
 
 
 def _tokenizer(model: WordPiece, lowercase: bool) -> Tokenizer:

@@ -56,7 +56,7 @@ class MaskedTokenHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPSILON)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.apply(initialize)
+        initialize(self, config.initializer_range)
 
     def forward(self, hidden_BPD: Tensor, embedding_VD: Tensor) -> Tensor:
         """Return logits (B, P, V)."""
@@ -73,7 +73,7 @@ class MaskedLanguage(Objective):
         self.encoder = BertEncoder(config.encoder)
         self.mlm_head = MaskedTokenHead(config.encoder)
         self.nsp_head = nn.Linear(config.encoder.hidden_size, 2)
-        self.nsp_head.apply(initialize)
+        initialize(self.nsp_head, config.encoder.initializer_range)
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         """Return the number of predictions, and of labelled pairs."""

@@ -1,0 +1,55 @@
+PYTHON ?= python3
+NAME ?= wikipedia-mini
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain test test-slow check lint types format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## install everything from requirements.lock into .venv
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rayssl needs Python 3.11 or newer: make PYTHON=...")'
+	@echo "installing into $(VENV), some minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+pretrain: $(INSTALLED) ## the main job: sample text to a registered encoder (NAME=... for another run)
+	@$(RUN)/rayssl samples wikipedia
+	@$(RUN)/rayssl pretrain text-mini --data samples/wikipedia --name $(NAME)
+	@$(RUN)/rayssl verify $(NAME)
+	@echo '$$ rayssl fill-mask models:/rayssl-text@candidate "The capital of the country is the [MASK] of its government."'
+	@$(RUN)/rayssl fill-mask models:/rayssl-text@candidate "The capital of the country is the [MASK] of its government."
+	@echo "look around: $(RUN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+
+test: $(INSTALLED) ## lint, types and the tests
+	@$(MAKE) --no-print-directory check
+	@$(RUN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED) ## the tests that take minutes
+	@$(RUN)/python -m pytest -m slow
+
+check: lint types ## lint and types
+
+lint: $(INSTALLED)
+	@$(RUN)/ruff check .
+	@$(RUN)/ruff format --check --quiet .
+
+types: $(INSTALLED)
+	@$(RUN)/mypy
+
+format: $(INSTALLED) ## format the code
+	@$(RUN)/ruff check --fix --quiet .
+	@$(RUN)/ruff format --quiet .
+
+lock: $(INSTALLED) ## write requirements.lock from what is installed
+	@$(RUN)/python -m pip freeze --all --exclude pip --exclude rayssl | sed 's/+cpu$$//' > requirements.lock
+
+clean: ## remove what install and the tests made; runs and models stay
+	@rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,97 @@
+"""The `rayssl` command as a person starts it: a process with a session and a home of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PATIENCE_SECONDS = 240.0
+
+
+MAIN = "from pipelines.cli import main; raise SystemExit(main())"
+
+
+class Command:
+    """A running command; Ray's processes belong to its session, so none is missed."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        home = folder / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self._out, self._err = folder / "out.txt", folder / "err.txt"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", MAIN, *arguments],
+                cwd=folder,
+                env=environment | {"HOME": str(home)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    @property
+    def out(self) -> list[str]:
+        """Return the lines of standard output so far."""
+        return self._out.read_text().splitlines()
+
+    @property
+    def err(self) -> list[str]:
+        """Return the lines of standard error so far."""
+        return self._err.read_text().splitlines()
+
+    def wait_until(self, happened: Callable[[], object]) -> None:
+        """Wait for something to happen while the command runs."""
+        self._wait(happened, while_running=True)
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal to the foreground process group, as a terminal does."""
+        os.killpg(self._process.pid, number)
+
+    def wait(self) -> int:
+        """Return the exit code."""
+        return self._process.wait(PATIENCE_SECONDS)
+
+    def wait_for_session(self) -> None:
+        """Wait until no process is left of all that the command has started."""
+        self._wait(lambda: not self.session(), while_running=False)
+
+    def session(self) -> list[int]:
+        """Return the processes of the command's session that still run."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            except OSError:  # it has ended
+                continue
+            if int(session) == self._process.pid and state != "Z":
+                found.append(int(stat.parent.name))
+        return found
+
+    def end(self) -> None:
+        """End whatever is left."""
+        for process in self.session():
+            os.kill(process, signal.SIGKILL)
+        self._process.wait()
+
+    def _wait(self, happened: Callable[[], object], *, while_running: bool) -> None:
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while not happened():
+            ended = while_running and self._process.poll() is not None
+            assert not ended, f"exit code {self._process.returncode}: {self.out[-3:]} {self.err}"
+            assert time.monotonic() < give_up, f"nothing happened: {self.out[-3:]} {self.err}"
+            time.sleep(0.005)
+
+
+@contextmanager
+def command(folder: Path, *arguments: str) -> Iterator[Command]:
+    """Start a command, and leave nothing of it behind."""
+    started = Command(folder, list(arguments))
+    try:
+        yield started
+    finally:
+        started.end()

@@ -1,0 +1,35 @@
+"""What many tests share: one local Ray, a small corpus, and its vocabulary."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.cluster import cluster
+from pipelines.recipes import text_tiny
+from pipelines.vocabulary import Vocabulary, train_vocabulary
+from tests.corpus import make_documents, write_corpus
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run one local Ray of five CPUs, with a home of its own for what Ray writes there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        with cluster("", 5, verbose=False):
+            yield
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of six jsonl shards, 120 documents and 400 kB; not to be written to."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    """Return the vocabulary of the tiny recipe, trained on other documents of the same topics."""
+    texts = [document.text for document in make_documents(60, seed=1)]
+    return train_vocabulary(lambda: texts, text_tiny().vocabulary)

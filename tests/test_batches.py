@@ -1,0 +1,455 @@
+"""The stream of global batches: one for any number of workers, from any step on, without a gap."""
+
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.batches import (
+    ArrayBatch,
+    Edge,
+    Orders,
+    Rank,
+    RowSource,
+    Step,
+    chain,
+    local_blocks,
+    slot_digest,
+    steps,
+)
+from pipelines.checkpoint import START_DIGEST, Commit, CommitLog
+from pipelines.feed import Feed, PlannedDataConfig
+from pipelines.manifest import Document
+from pipelines.plan import Cursor, OrderConfig, Plan
+from pipelines.text import TextConfig, TextRows
+from pipelines.vocabulary import Vocabulary
+from tests.corpus import build_manifest, write_corpus
+
+NUM_STEPS = 12
+START = Cursor()
+CONFIG = OrderConfig(rows_per_step=16, slots=4, steps_per_block=2, blocks_per_order=3)
+
+
+class Told(NamedTuple):
+    """What a rank tells of a step it has made."""
+
+    digests: dict[int, bytes]
+    fates: list[int]
+    cursor: Cursor
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> RowSource:
+    """Return a source of some 30 rows an order and 5 orders an epoch."""
+    folder = tmp_path_factory.mktemp("batches")
+    paths = write_corpus(folder, num_documents=30, num_shards=3, num_sentences=10)
+    manifest = build_manifest(paths, block_bytes=1500, heldout_ratio=0.1)
+    maker = TextRows(TextConfig(max_length=32), vocabulary)
+    return RowSource(Plan(manifest, 0, CONFIG.blocks_per_order), maker)
+
+
+def told(step: Step) -> Told:
+    digests = {slot: slot_digest(batch) for slot, batch in step.slots.items()}
+    return Told(digests, step.fates.tolist(), step.cursor)
+
+
+def local(
+    source: RowSource, config: OrderConfig, start: Cursor = START, count: int = NUM_STEPS
+) -> list[Told]:
+    """Return the first steps from a cursor on, made here by one rank that holds every slot."""
+    blocks = local_blocks(source, config, start)
+    return [told(s) for s in islice(steps(blocks, source.maker, config, start, Rank()), count)]
+
+
+def by_ranks(
+    streams: Sequence[Iterable[pa.Table]],
+    source: RowSource,
+    config: OrderConfig,
+    *,
+    start: Cursor = START,
+    count: int = NUM_STEPS,
+) -> list[Told]:
+    """Return whole steps made by one rank for each stream, which gather as workers do."""
+    size = len(streams)
+    given: list[dict[int, Edge]] = [{}] * size
+    barrier = threading.Barrier(size, timeout=60)
+
+    def work(number: int) -> list[Told]:
+        def gather(edges: dict[int, Edge]) -> list[dict[int, Edge]]:
+            given[number] = edges
+            barrier.wait()
+            found = list(given)
+            barrier.wait()
+            return found
+
+        rank = Rank(rank=number, size=size, gather=gather)
+        made = steps(streams[number], source.maker, config, start, rank)
+        try:
+            return [told(step) for step in islice(made, count)]
+        except RuntimeError:
+            barrier.abort()  # the others must not wait for a rank that stopped
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(work, number) for number in range(size)]
+    for future in futures:
+        if (error := future.exception()) and not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    ranks = [future.result() for future in futures]
+    assert [len(made) for made in ranks] == [count] * size
+    return [join(parts) for parts in zip(*ranks, strict=True)]
+
+
+def join(parts: Sequence[Told]) -> Told:
+    """Return a whole step from each rank's part of it."""
+    digests = {slot: digest for part in parts for slot, digest in part.digests.items()}
+    assert len(digests) == sum(len(part.digests) for part in parts)
+    assert len({part.cursor for part in parts}) == 1
+    fates = np.sum([part.fates for part in parts], axis=0).tolist()
+    return Told(dict(sorted(digests.items())), fates, parts[0].cursor)
+
+
+def through_ray(
+    source: RowSource, config: OrderConfig, log: CommitLog, workers: int, num_steps: int
+) -> list[Told]:
+    """Return the steps that a run still has to make, streamed by Ray Data to so many workers."""
+
+    def take(feed: Feed, count: int) -> list[pa.Table]:
+        return list(islice(feed.blocks(), count))
+
+    configure = PlannedDataConfig(log, ray.put(source), config, num_steps).configure
+    feeds = configure({"train": None}, workers, None, None)
+    newest = log.newest()
+    start, done = (newest.cursor, newest.step) if newest else (Cursor(), 0)
+    num_superblocks = -(-(start.steps_done + num_steps - done) // config.steps_per_block)
+    of_rank = [range(rank, num_superblocks * config.slots, workers) for rank in range(workers)]
+    taken = ray.remote(num_cpus=0)(take)
+    streams = ray.get(
+        [
+            taken.remote(feed["train"], len(blocks))
+            for feed, blocks in zip(feeds, of_rank, strict=True)
+        ]
+    )
+    return by_ranks(streams, source, config, start=start, count=num_steps - done)
+
+
+def uneven(source: RowSource) -> RowSource:
+    """Return a source that is late with every third work order; later ones are ready before."""
+
+    class Uneven(TextRows):
+        def rows(
+            self, documents: Sequence[Document], *, seed: int, epoch: int, order: int
+        ) -> pa.Table:
+            time.sleep(0.4 if order % 3 == 0 else 0)
+            return super().rows(documents, seed=seed, epoch=epoch, order=order)
+
+    assert isinstance(source.maker, TextRows)
+    return replace(source, maker=Uneven(source.maker.config, source.maker.vocabulary))
+
+
+# Through Ray Data
+
+ALWAYS = [(1, 5), (2, 1), (3, 5), (4, 2)]
+"""Every number of workers and every number of steps in a block; the other couples are slow."""
+ALSO = [(1, 1), (1, 2), (2, 2), (2, 5), (3, 1), (3, 2), (4, 1), (4, 5)]
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("workers", "steps_per_block"),
+    [*ALWAYS, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALSO)],
+)
+def test_t5_t12_every_number_of_workers_gets_the_same_steps(
+    source: RowSource, tmp_path: Path, workers: int, steps_per_block: int
+) -> None:
+    config = replace(CONFIG, steps_per_block=steps_per_block)
+    made = through_ray(source, config, CommitLog(tmp_path), workers, NUM_STEPS)
+    assert made == local(source, config)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_t5_uneven_tasks_and_a_resume_on_other_workers_change_nothing(
+    source: RowSource, tmp_path: Path
+) -> None:
+    whole = local(source, CONFIG, count=20)
+    log = CommitLog(tmp_path)
+    assert whole[6].cursor.steps_done == 1
+    commit = commit_after(7, whole[6].cursor)
+    log.save(commit, {"w": torch.zeros(1)}, {"m": torch.zeros(1)})
+    assert through_ray(uneven(source), CONFIG, log, 3, 20) == whole[7:]
+    assert [(attempt.workers, attempt.commit) for attempt in log.attempts()] == [(3, commit.name)]
+
+
+def commit_after(step: int, cursor: Cursor) -> Commit:
+    return Commit(
+        step=step,
+        attempt=1,
+        parent="",
+        cursor=cursor,
+        digests=(START_DIGEST,),
+        fates={},
+        workers=1,
+        manifest_sha256="",
+    )
+
+
+# In this process
+
+shapes = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4), st.integers(1, 6))
+
+
+@given(shape=shapes, cut=st.integers(0, 30))
+@settings(max_examples=25, deadline=None)
+def test_t5_the_steps_after_any_cursor_are_the_tail(
+    source: RowSource, shape: tuple[int, int, int], cut: int
+) -> None:
+    slots, rows_per_slot, steps_per_block = shape
+    config = OrderConfig(
+        rows_per_step=slots * rows_per_slot,
+        slots=slots,
+        steps_per_block=steps_per_block,
+        blocks_per_order=CONFIG.blocks_per_order,
+    )
+    whole = local(source, config, count=cut + 9)
+    start = whole[cut].cursor
+    assert 0 <= start.steps_done < steps_per_block
+    assert local(source, config, start, count=8) == whole[cut + 1 :]
+
+
+@given(size=st.integers(1, 6), slots=st.sampled_from([4, 6]), done=st.integers(0, 9))
+@settings(max_examples=25, deadline=None)
+def test_t5_t12_ranks_share_the_slots_of_every_step(
+    source: RowSource, size: int, slots: int, done: int
+) -> None:
+    size = min(size, slots)
+    config = replace(CONFIG, rows_per_step=2 * slots, slots=slots)
+    whole = local(source, config, count=done + 8)
+    start = whole[done].cursor
+    streams = [
+        islice(local_blocks(source, config, start), rank, None, size) for rank in range(size)
+    ]
+    made = by_ranks(streams, source, config, start=start, count=7)
+    assert made == whole[done + 1 :]
+    assert all(list(step.digests) == list(range(slots)) for step in made)
+
+
+def test_steps_per_block_moves_rows_between_steps_but_loses_none(source: RowSource) -> None:
+    """A superblock holds the same rows however it is cut, as long as its size is the same."""
+    first, second = (
+        replace(CONFIG, rows_per_step=rows, steps_per_block=steps)
+        for rows, steps in ((16, 3), (48, 1))
+    )
+    assert local(source, first, count=6)[5].cursor == local(source, second, count=2)[1].cursor
+
+
+def rows_of_epochs(source: RowSource, num_epochs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of the stream with their epoch."""
+    plan = source.plan
+    for table in local_blocks(source, CONFIG, START):
+        for row in table.to_pylist():
+            epoch = row["order"] // plan.orders_per_epoch
+            if epoch == num_epochs:
+                return
+            yield epoch, row
+
+
+def test_t6_every_epoch_uses_every_token_once(source: RowSource) -> None:
+    assert isinstance(source.maker, TextRows)
+    used: dict[int, Counter[tuple[int, int]]] = {epoch: Counter() for epoch in range(3)}
+    for epoch, row in rows_of_epochs(source, 3):
+        num_a, num_b = row["a_length"] - 2, len(row["input_ids"]) - row["a_length"] - 1
+        used[epoch].update((row["a_record"], row["a_position"] + i) for i in range(num_a))
+        used[epoch].update((row["b_record"], row["b_position"] + i) for i in range(num_b))
+    manifest, everything = source.plan.manifest, Counter[tuple[int, int]]()
+    for number in manifest.blocks_of("training"):
+        for document in manifest.read(number, "training"):
+            ids = source.maker.vocabulary.encode([document.text])[0]
+            everything.update((document.record, i) for i in range(len(ids)))
+    assert sum(everything.values()) > 1000
+    assert all(used[epoch] == everything for epoch in range(3))
+
+
+def test_t6_heldout_documents_are_never_in_the_stream(source: RowSource) -> None:
+    manifest = source.plan.manifest
+    heldout = {
+        document.record
+        for number in manifest.blocks_of("heldout")
+        for document in manifest.read(number, "heldout")
+    }
+    assert heldout
+    for _, row in rows_of_epochs(source, 2):
+        assert not heldout & {row["a_record"], row["b_record"]}
+
+
+def test_the_stream_is_numbered_without_a_gap(source: RowSource) -> None:
+    expected = (0, 0)
+    for table in islice(local_blocks(source, CONFIG, START), 50):
+        assert table.num_rows == CONFIG.rows_per_block
+        for row in table.to_pylist():
+            assert (row["order"], row["row"]) == expected
+            ends = row["row"] + 1 == row["order_rows"]
+            expected = (row["order"] + 1, 0) if ends else (row["order"], row["row"] + 1)
+
+
+def test_rows_of_an_order_are_shuffled_and_none_is_lost(source: RowSource) -> None:
+    order = source.plan.order(1)
+    documents = [d for block in order.blocks for d in source.plan.manifest.read(block, "training")]
+    made = source.maker.rows(documents, seed=0, epoch=order.epoch, order=1)
+    table = source.table(order)
+    columns = made.column_names
+    assert table.select(columns) != made
+    assert sorted(map(str, table.select(columns).to_pylist())) == sorted(map(str, made.to_pylist()))
+    assert set(table["order"].to_pylist()) == {1}
+    assert set(table["order_rows"].to_pylist()) == {made.num_rows}
+
+
+def test_t5_golden_digests_hold_for_ever(source: RowSource) -> None:
+    digest = START_DIGEST
+    for step in local(source, CONFIG):
+        digest = chain(digest, list(step.digests.values()))
+    assert digest == "bf11ebfc9374175e8c7b4d1b327b382af1dc327e7b7c07f1676c23d6f51482b7"
+
+
+# A stream that is not the plan's
+
+
+Harm = Callable[[list[pa.Table], int], list[pa.Table]]
+
+
+def dropped(blocks: list[pa.Table], i: int) -> list[pa.Table]:
+    return [*blocks[:i], *blocks[i + 1 :]]
+
+
+def doubled(blocks: list[pa.Table], i: int) -> list[pa.Table]:
+    return [*blocks[:i], blocks[i], *blocks[i:]]
+
+
+def swapped(blocks: list[pa.Table], i: int) -> list[pa.Table]:
+    return [*blocks[:i], blocks[i + 1], blocks[i], *blocks[i + 2 :]]
+
+
+def shortened(blocks: list[pa.Table], i: int) -> list[pa.Table]:
+    return [*blocks[:i], blocks[i].slice(1), *blocks[i + 1 :]]
+
+
+def shifted(blocks: list[pa.Table], i: int) -> list[pa.Table]:
+    """A row is lost and all later ones move up."""
+    rows = pa.concat_tables([*blocks[:i], blocks[i].slice(1), *blocks[i + 1 :]])
+    size = blocks[0].num_rows
+    return [rows.slice(k * size, size) for k in range(len(blocks) - 1)]
+
+
+@pytest.mark.parametrize("harm", [dropped, doubled, swapped, shortened, shifted])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 4, 9])
+def test_a_harmed_stream_stops_the_run_before_it_is_trained_on(
+    source: RowSource, harm: Harm, size: int, place: int
+) -> None:
+    blocks = list(islice(local_blocks(source, CONFIG, START), 16))
+    harmed = harm(blocks, place)
+    trained = by_ranks([blocks[rank::size] for rank in range(size)], source, CONFIG, count=8)
+    assert trained == local(source, CONFIG, count=8)
+    with pytest.raises(RuntimeError, match=r"rows were lost|stream of rows ended"):
+        by_ranks([harmed[rank::size] for rank in range(size)], source, CONFIG, count=8)
+    whole_superblocks = place // CONFIG.slots
+    before = 2 * whole_superblocks
+    made = by_ranks([harmed[rank::size] for rank in range(size)], source, CONFIG, count=before)
+    assert made == trained[:before]
+
+
+def test_a_stream_of_another_seed_or_cursor_stops_the_run(source: RowSource) -> None:
+    later = local(source, CONFIG)[3].cursor
+    with pytest.raises(RuntimeError, match=r"slot 0 starts at \(order, row\) \(0, 0\) where"):
+        by_ranks([local_blocks(source, CONFIG, START)], source, CONFIG, start=later)
+
+
+def test_an_ended_stream_stops_the_run(source: RowSource) -> None:
+    blocks = islice(local_blocks(source, CONFIG, START), 6)
+    with pytest.raises(RuntimeError, match="ended before the last step"):
+        by_ranks([blocks], source, CONFIG)
+
+
+# Digests
+
+
+def test_a_digest_sees_every_byte_type_shape_and_name() -> None:
+    def batch() -> ArrayBatch:
+        return {
+            "ids": np.arange(6, dtype=np.int64).reshape(2, 3),
+            "mask": np.array([[True, False, True], [False, True, True]]),
+            "labels": np.array([0, 1], dtype=np.int64),
+        }
+
+    others = [batch()]
+    for name, array in batch().items():
+        for i in range(array.nbytes):
+            other = batch()
+            other[name].view(np.uint8).reshape(-1)[i] ^= 1
+            others.append(other)
+    others += [
+        batch() | {"ids": np.arange(6, dtype=np.uint64).reshape(2, 3)},
+        batch() | {"ids": np.arange(6, dtype=np.int64).reshape(3, 2)},
+        batch() | {"mask": batch()["mask"].astype(np.uint8)},
+        batch() | {"more": np.zeros(0, dtype=np.int64)},
+        {("words" if name == "ids" else name): array for name, array in batch().items()},
+        {name: array for name, array in batch().items() if name != "labels"},
+    ]
+    assert len({slot_digest(other) for other in others}) == 1 + 48 + 6 + 16 + 6
+
+
+def test_a_digest_does_not_depend_on_layout_or_order() -> None:
+    array = np.arange(12, dtype=np.int64).reshape(3, 4)
+    first = slot_digest({"a": array, "b": array[:, ::2]})
+    assert slot_digest({"b": array[:, ::2].copy(), "a": np.asfortranarray(array)}) == first
+
+
+def test_a_chain_is_the_hash_of_what_came_before_and_the_slots_in_order() -> None:
+    slots = [hashlib.sha256(bytes([i])).digest() for i in range(3)]
+    expected = hashlib.sha256(bytes(32) + slots[0] + slots[1] + slots[2]).hexdigest()
+    assert chain(START_DIGEST, slots) == expected
+    assert chain(START_DIGEST, slots[::-1]) != expected
+    assert chain(expected, slots) != expected
+
+
+# Read tasks
+
+
+@given(
+    order=st.integers(0, 10**6),
+    row=st.integers(0, 10**4),
+    num_rows=st.integers(1, 10**12),
+    rows_per_order=st.floats(0.01, 10**6),
+)
+@settings(max_examples=200, deadline=None)
+def test_read_tasks_are_consecutive_few_and_always_enough(
+    order: int, row: int, num_rows: int, rows_per_order: float
+) -> None:
+    orders = Orders(start=Cursor(order, row), num_rows=num_rows, rows_per_order=rows_per_order)
+    tasks = orders.tasks()
+    assert tasks[0].start == order
+    for first, second in pairwise(tasks):
+        assert first.stop == second.start
+    assert all(len(task) > 0 for task in tasks)
+    # An order has a row at least, and of the first one `row` may have been used.
+    assert tasks[-1].stop - order > num_rows
+    assert len(tasks) <= 1100
+
+
+def test_read_tasks_are_of_one_order_while_they_can_be() -> None:
+    tasks = Orders(start=Cursor(), num_rows=1000, rows_per_order=10).tasks()
+    assert [len(task) for task in tasks[:122]] == [1] * 122
+    assert [len(task) for task in tasks[122:126]] == [2, 4, 8, 16]

@@ -1,0 +1,261 @@
+"""One pretraining run from raw shards to the registry, and what calling it again does not do."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.bundle import BundleError
+from pipelines.cli import main
+from pipelines.config import RunConfig, to_flat, to_record
+from pipelines.errors import UserError
+from pipelines.mlflow_client import open_client
+from pipelines.pretrain import pretrain
+from pipelines.recipes import recipe
+from pipelines.registry import load_encoder
+from pipelines.run import load_run
+from pipelines.tracking import RUN_KEY_TAG
+from pipelines.verify import verify
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that pretrain was called for twice."""
+
+    folder: Path
+    config: RunConfig
+    account: dict[str, Any]
+    said: list[str]
+    again: dict[str, Any]
+    said_again: list[str]
+
+    @property
+    def dir(self) -> Path:
+        """Return the folder of the run."""
+        return self.folder / "runs" / "sea-and-space"
+
+    @property
+    def client(self) -> Any:
+        """Return a client of the MLflow store that the run was tracked in."""
+        return open_client(self.config.tracking_uri)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_session: None, corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Finished]:
+    del ray_session
+    folder = tmp_path_factory.mktemp("pretrain")
+    config = replace(
+        recipe("text-tiny"),
+        data=(str(corpus_dir),),
+        name="sea-and-space",
+        runs=str(folder / "runs"),
+        workers=2,
+        tracking_uri=f"sqlite:///{folder}/mlflow.db",
+        register="topics",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where artifacts go
+        account, said = call(config)
+        again, said_again = call(replace(config, workers=1))
+        yield Finished(folder, config, account, said, again, said_again)
+
+
+def call(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        account = pretrain(config)
+    return account, out.getvalue().splitlines()
+
+
+def mlflow_runs(finished: Finished) -> list[Any]:
+    experiment = finished.client.get_experiment_by_name("rayssl")
+    found: list[Any] = finished.client.search_runs([experiment.experiment_id])
+    return found
+
+
+def test_the_account_tells_what_was_made(finished: Finished) -> None:
+    assert finished.account.keys() == {
+        "run",
+        "steps",
+        "digest",
+        "ledger",
+        "evaluation",
+        "mlflow_run",
+        "registered",
+    }
+    assert finished.account["run"] == "sea-and-space"
+    assert finished.account["steps"] == finished.config.steps
+    assert finished.account["registered"] == "models:/topics/1"
+    rows = finished.config.steps * finished.config.order.rows_per_step
+    assert sum(finished.account["ledger"].values()) == rows
+    written = json.loads((finished.dir / "account.json").read_text())
+    assert written == finished.account
+
+
+def test_what_was_trained_is_what_was_planned(finished: Finished) -> None:
+    verdict = verify(load_run(finished.dir))
+    assert (verdict.status, verdict.digest) == ("PASS", finished.account["digest"])
+
+
+def test_the_output_is_a_handful_of_lines(finished: Finished) -> None:
+    said = "\n".join(finished.said)
+    assert finished.said[0].startswith("6 shards, 0.")
+    assert "training from the start with 2 workers" in finished.said
+    assert "step 20/20  loss " in said
+    assert "held-out documents:" in said
+    assert "  masked tokens: loss " in said
+    assert "  next sentence: accuracy " in said
+    assert finished.said[-1].startswith("registered models:/topics/1 as candidate")
+    assert len(finished.said) <= 12
+
+
+def test_mlflow_has_the_run_with_all_that_belongs_to_it(finished: Finished) -> None:
+    (run,) = mlflow_runs(finished)
+    key = json.loads((finished.dir / "run.json").read_text())["key"]
+    record = load_run(finished.dir)
+
+    assert run.info.run_id == finished.account["mlflow_run"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags[RUN_KEY_TAG] == key
+    assert run.data.tags["rayssl.fingerprint"] == record.manifest.fingerprint
+    expected = {name: str(value) for name, value in to_flat(to_record(record.config)).items()}
+    assert run.data.params == expected
+    for name, value in finished.account["evaluation"].items():
+        assert run.data.metrics[name] == pytest.approx(value)
+    history = finished.client.get_metric_history(run.info.run_id, "loss")
+    assert [point.step for point in history] == list(range(1, 21))
+    artifacts = {found.path for found in finished.client.list_artifacts(run.info.run_id, "run")}
+    names = ("run.json", "manifest.json", "ledger.json", "tokenizer.json")
+    assert artifacts == {f"run/{name}" for name in names}
+
+
+def test_the_logged_ledger_adds_up(finished: Finished, tmp_path: Path) -> None:
+    path = finished.client.download_artifacts(
+        finished.account["mlflow_run"], "run/ledger.json", str(tmp_path)
+    )
+    ledger = json.loads(Path(path).read_text())
+    assert sum(entry["records"] for entry in ledger["records"].values()) == 120
+    shards = load_run(finished.dir).manifest.shards
+    counted = sum(entry["bytes"] for entry in ledger["records"].values())
+    assert counted == sum(shard.bytes for shard in shards)
+    assert ledger["rows"] == finished.account["ledger"]
+
+
+def test_the_candidate_is_the_encoder_of_the_newest_commit(finished: Finished) -> None:
+    encoder = load_encoder("models:/topics@candidate", finished.config.tracking_uri)
+    run = load_run(finished.dir)
+    commit = run.log.newest()
+    assert commit is not None
+    trained, _ = run.log.load(commit)
+
+    assert encoder.state.keys() == trained.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(encoder.state[name], tensor), name
+    embedded = encoder.encode(["The captain anchors near the island.", "A baker boils dough."])
+    assert embedded.shape == (2, 32)
+    assert np.isfinite(embedded).all()
+    assert not np.allclose(embedded[0], embedded[1])
+
+
+def test_the_registered_version_knows_where_it_comes_from(finished: Finished) -> None:
+    run = load_run(finished.dir)
+    version = finished.client.get_model_version_by_alias("topics", "candidate")
+    assert version.run_id == finished.account["mlflow_run"]
+    assert version.tags[RUN_KEY_TAG] == run.key
+    assert version.tags["rayssl.fingerprint"] == run.manifest.fingerprint
+    lineage = json.loads((finished.dir / "bundle" / "lineage.json").read_text())
+    assert lineage["fingerprint"] == run.manifest.fingerprint
+    assert lineage["steps"] == finished.config.steps
+
+
+def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
+    assert finished.again == finished.account
+    assert "all 20 steps have been made" in finished.said_again
+    assert not [line for line in finished.said_again if line.startswith("training from")]
+    assert len(load_run(finished.dir).log.attempts()) == 1
+    assert len(mlflow_runs(finished)) == 1
+    assert len(finished.client.search_model_versions("name = 'topics'")) == 1
+
+
+def test_final_figures_are_logged_once_however_often_it_is_called(finished: Finished) -> None:
+    history = finished.client.get_metric_history(finished.account["mlflow_run"], "heldout/mlm_loss")
+    assert [point.step for point in history] == [20]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"steps": 30}, "steps: 20 -> 30"),
+        ({"data": ("elsewhere",)}, "no shards match 'elsewhere'"),
+    ],
+)
+def test_a_run_is_not_continued_with_something_else(
+    finished: Finished, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        pretrain(replace(finished.config, **change))
+    assert len(mlflow_runs(finished)) == 1
+
+
+def test_a_run_is_not_continued_on_a_part_of_its_shards(
+    finished: Finished, corpus_dir: Path
+) -> None:
+    part = replace(finished.config, data=(str(corpus_dir / "part-0.jsonl"),))
+    with pytest.raises(UserError, match=r"was started with other shards .*part-1\.jsonl"):
+        pretrain(part)
+
+
+def test_masks_are_filled_from_the_command_line(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        [
+            "fill-mask",
+            "models:/topics@candidate",
+            "The [MASK] anchors near the island.",
+            "--tracking-uri",
+            finished.config.tracking_uri,
+            "--json",
+        ]
+    )
+    *table, last = capsys.readouterr().out.splitlines()
+    (guesses,) = json.loads(last)["masks"]
+
+    assert code == 0
+    assert len(guesses) == 5
+    assert table[0].split() == ["mask", "1", "probability"]
+    assert table[1].split() == [guesses[0]["piece"], f"{guesses[0]['probability']:.4f}"]
+
+
+def test_a_flipped_byte_in_the_registry_is_refused_in_one_line(
+    finished: Finished, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (weights,) = (finished.folder / "mlartifacts").rglob("encoder/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    flags = ["--tracking-uri", finished.config.tracking_uri]
+    try:
+        code = main(["fill-mask", "models:/topics@candidate", "a [MASK]", *flags])
+        with pytest.raises(BundleError):
+            load_encoder("models:/topics/1", finished.config.tracking_uri)
+    finally:
+        content[-5] ^= 1
+        weights.write_bytes(content)
+    out, err = capfd.readouterr()
+
+    assert code == 65
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("rayssl: model.safetensors is not what was registered: SHA-256 differs")
+    assert main(["fill-mask", "models:/topics@candidate", "a [MASK]", *flags]) == 0
