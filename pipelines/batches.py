@@ -29,7 +29,11 @@ from pipelines.plan import Cursor, OrderConfig, Plan, WorkOrder
 ArrayBatch = dict[str, NDArray[Any]]
 
 MAX_READ_TASKS = 1000
-"""Ray takes a minute to plan tens of thousands of tasks, so later tasks make several orders."""
+"""Ray takes a minute to plan tens of thousands of tasks: in longer runs each makes more orders."""
+SPARE_ORDERS = 1.3
+"""Orders planned for each order that is expected to be needed."""
+SAMPLED_BLOCKS = 4
+"""Blocks of an order whose rows are counted to estimate those of all orders."""
 
 
 class RowMaker(Protocol):
@@ -38,10 +42,6 @@ class RowMaker(Protocol):
     @property
     def fates(self) -> Sequence[str]:
         """What can become of a row; the column `fate` holds an index into it."""
-
-    @property
-    def bytes_per_row(self) -> float:
-        """An estimate of the raw bytes that one row takes."""
 
     def rows(self, documents: Sequence[Document], *, seed: int, epoch: int, order: int) -> pa.Table:
         """Return the rows of a work order, a function of these arguments alone."""
@@ -78,6 +78,16 @@ class RowSource:
             shuffled = shuffled.append_column(name, column)
         return shuffled.combine_chunks()
 
+    def rows_per_order(self, order: WorkOrder) -> float:
+        """Return an estimate of the rows of any work order, from a few blocks of one."""
+        blocks = self.plan.manifest.blocks
+        sample = order._replace(blocks=order.blocks[:SAMPLED_BLOCKS])
+        sampled_bytes = sum(blocks[block].bytes for block in sample.blocks)
+        bytes_per_order = sum(blocks[block].bytes for block in self.plan.blocks) / (
+            self.plan.orders_per_epoch
+        )
+        return float(self.table(sample).num_rows * bytes_per_order / sampled_bytes)
+
 
 class Edge(NamedTuple):
     """Addresses, (order, row), of a block's first row and of the row that has to come next."""
@@ -97,17 +107,19 @@ class Step(NamedTuple):
 
 
 def dataset(
-    source_ref: "ray.ObjectRef[RowSource]", config: OrderConfig, orders: "Orders"
+    source_ref: "ray.ObjectRef[RowSource]",
+    config: OrderConfig,
+    start: Cursor,
+    tasks: Sequence[range],
 ) -> ray.data.Dataset:
     """Return the Ray Dataset of travelling blocks: rows of `rows_per_block`, in stream order."""
-    tasks = orders.tasks()
     # With fewer blocks than tasks Ray would cut ours.
     numbers = ray.data.read_datasource(_OrderNumbers(tasks), override_num_blocks=len(tasks))
     rows = numbers.map_batches(
         _make_rows,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"source_ref": source_ref, "start": orders.start},
+        fn_kwargs={"source_ref": source_ref, "start": start},
     )
     # Without strict the short tails of orders would break the round robin of the split.
     blocks: ray.data.Dataset = rows.repartition(
@@ -116,31 +128,15 @@ def dataset(
     return blocks
 
 
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """The work orders of one attempt: from a cursor on, more than enough for its rows."""
+def read_tasks(start: Cursor, num_rows: int, rows_per_order: float) -> list[range]:
+    """Return the work orders of each read task: enough for `num_rows` rows, if the estimate holds.
 
-    start: Cursor
-    num_rows: int
-    rows_per_order: float
-    """An estimate; where it is too high, the tail of the tasks makes up for it."""
-
-    def tasks(self) -> list[range]:
-        """Return the orders of each read task: one or a few each, then ever more.
-
-        An order has at least one row, so `num_rows` of them always suffice. The doubling tail
-        gets there with a handful of tasks, which are not run unless they are needed.
-        """
-        expected = int(1.2 * self.num_rows / self.rows_per_order) + 2
-        size = -(-expected // MAX_READ_TASKS)
-        tasks: list[range] = []
-        number, last = self.start.order, self.start.order + self.num_rows + expected
-        while number < last:
-            if len(tasks) * size >= expected:
-                size *= 2
-            tasks.append(range(number, number + size))
-            number += size
-        return tasks
+    No more than that, because Ray makes as many rows ahead as its memory holds.
+    """
+    num_orders = int(SPARE_ORDERS * num_rows / rows_per_order) + 2
+    size = -(-num_orders // MAX_READ_TASKS)
+    ends = start.order + num_orders
+    return [range(number, min(number + size, ends)) for number in range(start.order, ends, size)]
 
 
 def local_blocks(source: RowSource, config: OrderConfig, start: Cursor) -> Iterator[pa.Table]:
@@ -183,7 +179,10 @@ def steps(
         slots = [s for s in range(config.slots) if (next_block + s) % rank.size == rank.rank]
         held = {slot: next(mine, None) for slot in slots}
         if any(table is None or table.num_rows != config.rows_per_block for table in held.values()):
-            raise RuntimeError("the stream of rows ended before the last step: this is a bug")
+            raise RuntimeError(
+                "the orders of this attempt held fewer rows than their first blocks had promised; "
+                "the run goes on from the newest commit"
+            )
         tables = {slot: table.combine_chunks() for slot, table in held.items() if table is not None}
         after = _follow(position, rank.gather({s: _edge(table) for s, table in tables.items()}))
         for i in range(done, config.steps_per_block):

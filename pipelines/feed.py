@@ -9,7 +9,7 @@ import ray
 from ray.data import DataIterator, ExecutionOptions
 from ray.train import DataConfig
 
-from pipelines.batches import Orders, RowSource, dataset
+from pipelines.batches import RowSource, dataset, read_tasks
 from pipelines.checkpoint import Attempt, CommitLog
 from pipelines.plan import Cursor, OrderConfig
 
@@ -58,9 +58,9 @@ class PlannedDataConfig(DataConfig):
         del worker_handles
         attempt = self._log.begin_attempt(world_size)
         commit = self._log.commit(attempt.commit) if attempt.commit else None
-        step = commit.step if commit else 0
-        orders = self._orders(commit.cursor if commit else Cursor(), step)
-        blocks = dataset(self._source_ref, self._order, orders)
+        step, start = (commit.step, commit.cursor) if commit else (0, Cursor())
+        tasks = self._tasks(start, self._steps - step)
+        blocks = dataset(self._source_ref, self._order, start, tasks)
         blocks.context.execution_options = self._resolve_execution_options("train")
         blocks.set_name("train")
         # Ray deals to its first split first. The run goes on dealing where it stood, so that a
@@ -71,16 +71,10 @@ class PlannedDataConfig(DataConfig):
         feeds = [Feed(splits[rank - turn], attempt) for rank in range(world_size)]
         return [dict.fromkeys(datasets, feed) for feed in feeds]
 
-    def _orders(self, start: Cursor, step: int) -> Orders:
+    def _tasks(self, start: Cursor, steps_left: int) -> list[range]:
         source: RowSource = ray.get(self._source_ref)
-        plan = source.plan
-        bytes_per_order = (
-            sum(plan.manifest.blocks[block].bytes for block in plan.blocks) / plan.orders_per_epoch
-        )
         # A superblock more: the end of a stream is cut raggedly.
-        steps_left = self._steps - step + start.steps_done + 2 * self._order.steps_per_block
-        return Orders(
-            start=start,
-            num_rows=steps_left * self._order.rows_per_step,
-            rows_per_order=bytes_per_order / source.maker.bytes_per_row,
-        )
+        steps = steps_left + start.steps_done + 2 * self._order.steps_per_block
+        first = source.plan.order(start.order)
+        rows_per_order = source.rows_per_order(first)
+        return read_tasks(start, start.row + steps * self._order.rows_per_step, rows_per_order)

@@ -106,7 +106,6 @@ class TextRows:
     def __init__(self, config: TextConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary
-        self.bytes_per_row = 4.0 * config.max_length
 
     def rows(self, documents: Sequence[Document], *, seed: int, epoch: int, order: int) -> pa.Table:
         """Return the rows of a work order, in the order of its documents.

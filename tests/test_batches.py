@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from pipelines.batches import (
     ArrayBatch,
     Edge,
-    Orders,
     Rank,
     RowSource,
     Step,
     chain,
     local_blocks,
+    read_tasks,
     slot_digest,
     steps,
 )
@@ -430,26 +430,29 @@ def test_a_chain_is_the_hash_of_what_came_before_and_the_slots_in_order() -> Non
 
 @given(
     order=st.integers(0, 10**6),
-    row=st.integers(0, 10**4),
     num_rows=st.integers(1, 10**12),
     rows_per_order=st.floats(0.01, 10**6),
 )
 @settings(max_examples=200, deadline=None)
-def test_read_tasks_are_consecutive_few_and_always_enough(
-    order: int, row: int, num_rows: int, rows_per_order: float
+def test_read_tasks_are_consecutive_few_and_enough_for_the_estimate(
+    order: int, num_rows: int, rows_per_order: float
 ) -> None:
-    orders = Orders(start=Cursor(order, row), num_rows=num_rows, rows_per_order=rows_per_order)
-    tasks = orders.tasks()
+    tasks = read_tasks(Cursor(order, 0), num_rows, rows_per_order)
     assert tasks[0].start == order
     for first, second in pairwise(tasks):
         assert first.stop == second.start
     assert all(len(task) > 0 for task in tasks)
-    # An order has a row at least, and of the first one `row` may have been used.
-    assert tasks[-1].stop - order > num_rows
-    assert len(tasks) <= 1100
+    num_orders = tasks[-1].stop - order
+    assert 1.25 * num_rows < num_orders * rows_per_order < 1.35 * num_rows + 3 * rows_per_order
+    assert len(tasks) <= 1000
 
 
 def test_read_tasks_are_of_one_order_while_they_can_be() -> None:
-    tasks = Orders(start=Cursor(), num_rows=1000, rows_per_order=10).tasks()
-    assert [len(task) for task in tasks[:122]] == [1] * 122
-    assert [len(task) for task in tasks[122:126]] == [2, 4, 8, 16]
+    assert read_tasks(Cursor(), 1000, 10.0) == [range(i, i + 1) for i in range(132)]
+
+
+def test_the_estimated_rows_of_an_order_are_near_the_true_ones(source: RowSource) -> None:
+    orders = [source.plan.order(number) for number in range(source.plan.orders_per_epoch)]
+    mean = np.mean([source.table(order).num_rows for order in orders])
+    for order in orders:
+        assert 0.8 * mean < source.rows_per_order(order) < 1.25 * mean
