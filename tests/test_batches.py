@@ -81,9 +81,10 @@ def by_ranks(
     config: OrderConfig,
     *,
     start: Cursor = START,
+    first_block: int = 0,
     count: int = NUM_STEPS,
-) -> list[Told]:
-    """Return whole steps made by one rank for each stream, which gather as workers do."""
+) -> list[list[Told]]:
+    """Return the steps of each rank, one for each stream; they gather as workers do."""
     size = len(streams)
     given: list[dict[int, Edge]] = [{}] * size
     barrier = threading.Barrier(size, timeout=60)
@@ -96,7 +97,7 @@ def by_ranks(
             barrier.wait()
             return found
 
-        rank = Rank(rank=number, size=size, gather=gather)
+        rank = Rank(rank=number, size=size, gather=gather, first_block=first_block)
         made = steps(streams[number], source.maker, config, start, rank)
         try:
             return [told(step) for step in islice(made, count)]
@@ -111,22 +112,25 @@ def by_ranks(
             raise error
     ranks = [future.result() for future in futures]
     assert [len(made) for made in ranks] == [count] * size
-    return [join(parts) for parts in zip(*ranks, strict=True)]
+    return ranks
 
 
-def join(parts: Sequence[Told]) -> Told:
-    """Return a whole step from each rank's part of it."""
-    digests = {slot: digest for part in parts for slot, digest in part.digests.items()}
-    assert len(digests) == sum(len(part.digests) for part in parts)
-    assert len({part.cursor for part in parts}) == 1
-    fates = np.sum([part.fates for part in parts], axis=0).tolist()
-    return Told(dict(sorted(digests.items())), fates, parts[0].cursor)
+def join(ranks: Sequence[Sequence[Told]]) -> list[Told]:
+    """Return whole steps from each rank's part of them."""
+    joined = []
+    for parts in zip(*ranks, strict=True):
+        digests = {slot: digest for part in parts for slot, digest in part.digests.items()}
+        assert len(digests) == sum(len(part.digests) for part in parts)
+        assert len({part.cursor for part in parts}) == 1
+        fates = np.sum([part.fates for part in parts], axis=0).tolist()
+        joined.append(Told(dict(sorted(digests.items())), fates, parts[0].cursor))
+    return joined
 
 
 def through_ray(
     source: RowSource, config: OrderConfig, log: CommitLog, workers: int, num_steps: int
-) -> list[Told]:
-    """Return the steps that a run still has to make, streamed by Ray Data to so many workers."""
+) -> list[list[Told]]:
+    """Return the steps that each worker of a run still has to make, streamed by Ray Data."""
 
     def take(feed: Feed, count: int) -> list[pa.Table]:
         return list(islice(feed.blocks(), count))
@@ -135,8 +139,9 @@ def through_ray(
     feeds = configure({"train": None}, workers, None, None)
     newest = log.newest()
     start, done = (newest.cursor, newest.step) if newest else (Cursor(), 0)
-    num_superblocks = -(-(start.steps_done + num_steps - done) // config.steps_per_block)
-    of_rank = [range(rank, num_superblocks * config.slots, workers) for rank in range(workers)]
+    first = config.first_block(done)
+    last = first - (-(start.steps_done + num_steps - done) // config.steps_per_block) * config.slots
+    of_rank = [[k for k in range(first, last) if k % workers == rank] for rank in range(workers)]
     taken = ray.remote(num_cpus=0)(take)
     streams = ray.get(
         [
@@ -144,7 +149,7 @@ def through_ray(
             for feed, blocks in zip(feeds, of_rank, strict=True)
         ]
     )
-    return by_ranks(streams, source, config, start=start, count=num_steps - done)
+    return by_ranks(streams, source, config, start=start, first_block=first, count=num_steps - done)
 
 
 def uneven(source: RowSource) -> RowSource:
@@ -178,7 +183,7 @@ def test_t5_t12_every_number_of_workers_gets_the_same_steps(
 ) -> None:
     config = replace(CONFIG, steps_per_block=steps_per_block)
     made = through_ray(source, config, CommitLog(tmp_path), workers, NUM_STEPS)
-    assert made == local(source, config)
+    assert join(made) == local(source, config)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -190,7 +195,14 @@ def test_t5_uneven_tasks_and_a_resume_on_other_workers_change_nothing(
     assert whole[6].cursor.steps_done == 1
     commit = commit_after(7, whole[6].cursor)
     log.save(commit, {"w": torch.zeros(1)}, {"m": torch.zeros(1)})
-    assert through_ray(uneven(source), CONFIG, log, 3, 20) == whole[7:]
+    made = through_ray(uneven(source), CONFIG, log, 3, 20)
+    assert join(made) == whole[7:]
+    # A slot has the rank that it would have had, if these workers had made the run from the start.
+    for i in range(13):
+        for rank in range(3):
+            first = CONFIG.first_block(7 + i)
+            mine = [slot for slot in range(CONFIG.slots) if (first + slot) % 3 == rank]
+            assert list(made[rank][i].digests) == mine
     assert [(attempt.workers, attempt.commit) for attempt in log.attempts()] == [(3, commit.name)]
 
 
@@ -242,7 +254,7 @@ def test_t5_t12_ranks_share_the_slots_of_every_step(
     streams = [
         islice(local_blocks(source, config, start), rank, None, size) for rank in range(size)
     ]
-    made = by_ranks(streams, source, config, start=start, count=7)
+    made = join(by_ranks(streams, source, config, start=start, count=7))
     assert made == whole[done + 1 :]
     assert all(list(step.digests) == list(range(slots)) for step in made)
 
@@ -362,13 +374,13 @@ def test_a_harmed_stream_stops_the_run_before_it_is_trained_on(
     blocks = list(islice(local_blocks(source, CONFIG, START), 16))
     harmed = harm(blocks, place)
     trained = by_ranks([blocks[rank::size] for rank in range(size)], source, CONFIG, count=8)
-    assert trained == local(source, CONFIG, count=8)
-    with pytest.raises(RuntimeError, match=r"rows were lost|stream of rows ended"):
+    assert join(trained) == local(source, CONFIG, count=8)
+    with pytest.raises(RuntimeError, match=r"rows were lost|fewer rows than"):
         by_ranks([harmed[rank::size] for rank in range(size)], source, CONFIG, count=8)
     whole_superblocks = place // CONFIG.slots
     before = 2 * whole_superblocks
     made = by_ranks([harmed[rank::size] for rank in range(size)], source, CONFIG, count=before)
-    assert made == trained[:before]
+    assert join(made) == join(trained)[:before]
 
 
 def test_a_stream_of_another_seed_or_cursor_stops_the_run(source: RowSource) -> None:
@@ -379,7 +391,7 @@ def test_a_stream_of_another_seed_or_cursor_stops_the_run(source: RowSource) -> 
 
 def test_an_ended_stream_stops_the_run(source: RowSource) -> None:
     blocks = islice(local_blocks(source, CONFIG, START), 6)
-    with pytest.raises(RuntimeError, match="ended before the last step"):
+    with pytest.raises(RuntimeError, match="held fewer rows than their first blocks had promised"):
         by_ranks([blocks], source, CONFIG)
 
 

@@ -282,6 +282,7 @@ def test_a_kill_before_the_commit_leaves_the_old_state(
     with pytest.raises(SystemExit):
         save(log, 20)
     monkeypatch.undo()
+    assert log.checkpoint_dir(make_commit(20)).exists() == (place == "commits")
     attempt = log.begin_attempt(2)
     assert (attempt.commit, attempt.rejected) == (older.name, ())
     again = save(log, 20, attempt=attempt.number + 1, parent=older.name)
