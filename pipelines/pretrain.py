@@ -28,11 +28,12 @@ from pipelines.feed import PlannedDataConfig
 from pipelines.registry import Registered, register
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
-from pipelines.tracking import RUN_KEY_TAG, Tracker, TrackingError
+from pipelines.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
 from pipelines.training import Job, load_objective, train_worker
 
 CPUS_FOR_DATA = 2
 REGISTRY_TIMEOUT_SECONDS = 120.0
+CURVES = (("entropy of the prediction", "entropy"), ("p(true token)", "p_true"))
 
 
 class TrainingError(UserError):
@@ -102,7 +103,7 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     assert commit is not None
     objective = load_objective(run)
     evaluation = evaluate(objective, run)
-    for line in evaluation.lines():
+    for line in [*evaluation.lines(), *_curves(run)]:
         say(line)
     tracker.log_final_metrics(evaluation.metrics(), commit.step)
     ledger = {
@@ -243,6 +244,18 @@ def _root_cause(error: BaseException) -> str:
     while cause := getattr(innermost, "cause", None) or innermost.__cause__:
         innermost = cause
     return f"{type(innermost).__name__}: {str(innermost).strip().splitlines()[-1]}"
+
+
+def _curves(run: Run) -> list[str]:
+    """Return how the predictions on training batches changed from the first to the last step."""
+    records = [r for r in read_spool(run.dir / "spool", {}) if "entropy" in r.metrics]
+    first, last = records[0], records[-1]
+    changes = (
+        f"{name} {first.metrics[key]:.3f} to {last.metrics[key]:.3f}" for name, key in CURVES
+    )
+    return [
+        f"from step {first.step} to {last.step}: {', '.join(changes)}; all curves are in MLflow"
+    ]
 
 
 def _card(run: Run, evaluation: Evaluation) -> str:
