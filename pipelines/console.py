@@ -4,9 +4,9 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.checkpoint import Attempt, CommitLog
 from pipelines.config import RunConfig
-from pipelines.tracking import SpoolRecord, read_spool
+from pipelines.training.checkpoint import Attempt, CommitLog
+from pipelines.training.tracking import SpoolRecord, read_spool
 
 PLAIN_LINES_EVERY_SECONDS = 10.0
 

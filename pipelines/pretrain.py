@@ -18,18 +18,18 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.bundle import write_bundle
 from pipelines.cluster import cluster, unwrap
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.console import Progress, say
 from pipelines.errors import UserError
-from pipelines.evaluate import Evaluation, evaluate
-from pipelines.feed import PlannedDataConfig
-from pipelines.registry import Registered, register
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
-from pipelines.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
-from pipelines.training import Job, load_objective, train_worker
+from pipelines.training.feed import PlannedDataConfig
+from pipelines.training.loop import Job, load_objective, train_worker
+from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
+from pipelines.use.bundle import write_bundle
+from pipelines.use.evaluate import Evaluation, evaluate
+from pipelines.use.registry import Registered, register
 
 CPUS_FOR_DATA = 2
 REGISTRY_TIMEOUT_SECONDS = 120.0

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from pipelines.config import RunConfig
+from pipelines.data.plan import OrderConfig
+from pipelines.data.shards import SourceConfig
+from pipelines.data.text_config import TextConfig
+from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import UserError, nearest
-from pipelines.plan import OrderConfig
-from pipelines.shards import SourceConfig
-from pipelines.text import TextConfig
-from pipelines.vocabulary import VocabularyConfig
 from ssl_models.bert import BertConfig
 from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig

@@ -8,18 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines import manifest as manifests
-from pipelines.batches import RowSource
-from pipelines.checkpoint import CommitLog
 from pipelines.cluster import parallel_map
 from pipelines.config import RunConfig, changed, from_record, to_record
+from pipelines.data import manifest as manifests
+from pipelines.data.batches import RowSource
+from pipelines.data.manifest import Manifest
+from pipelines.data.plan import Plan
+from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.data.text import TextRows
+from pipelines.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
 from pipelines.errors import DataError, UserError, nearest
-from pipelines.manifest import Manifest
-from pipelines.plan import Plan
-from pipelines.shards import SourceConfig, find_shards
 from pipelines.storage import sha256_of, write_json, write_text
-from pipelines.text import TextRows
-from pipelines.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
+from pipelines.training.checkpoint import CommitLog
 
 FORMAT_VERSION = 1
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.cluster import cluster
+from pipelines.data.vocabulary import Vocabulary, train_vocabulary
 from pipelines.recipes import text_tiny
-from pipelines.vocabulary import Vocabulary, train_vocabulary
 from tests.corpus import make_documents, write_corpus
 
 

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import pytest
 
-from pipelines import manifest
-from pipelines.manifest import Document, Manifest, content_hash
-from pipelines.shards import SourceConfig
+from pipelines.data import manifest
+from pipelines.data.manifest import Document, Manifest, content_hash
+from pipelines.data.shards import SourceConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.batches import (
+from pipelines.data.batches import (
     ArrayBatch,
     Edge,
     Rank,
@@ -31,12 +31,13 @@ from pipelines.batches import (
     slot_digest,
     steps,
 )
-from pipelines.checkpoint import START_DIGEST, Commit, CommitLog
-from pipelines.feed import Feed, PlannedDataConfig
-from pipelines.manifest import Document
-from pipelines.plan import Cursor, OrderConfig, Plan
-from pipelines.text import TextConfig, TextRows
-from pipelines.vocabulary import Vocabulary
+from pipelines.data.manifest import Document
+from pipelines.data.plan import Cursor, OrderConfig, Plan
+from pipelines.data.text import TextRows
+from pipelines.data.text_config import TextConfig
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.training.checkpoint import START_DIGEST, Commit, CommitLog
+from pipelines.training.feed import Feed, PlannedDataConfig
 from tests.corpus import build_manifest, write_corpus
 
 NUM_STEPS = 12

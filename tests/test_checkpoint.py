@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoint import (
+from pipelines.data.plan import Cursor
+from pipelines.errors import DataError
+from pipelines.storage import write_json
+from pipelines.training.checkpoint import (
     KEPT_CHECKPOINTS,
     START_DIGEST,
     Commit,
@@ -18,9 +21,6 @@ from pipelines.checkpoint import (
     Saver,
     restore,
 )
-from pipelines.errors import DataError
-from pipelines.plan import Cursor
-from pipelines.storage import write_json
 
 FILES = ("model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json")
 
@@ -278,7 +278,7 @@ def test_a_kill_before_the_commit_leaves_the_old_state(
             raise SystemExit
         write_json(path, value)
 
-    monkeypatch.setattr("pipelines.checkpoint.write_json", killed)
+    monkeypatch.setattr("pipelines.training.checkpoint.write_json", killed)
     with pytest.raises(SystemExit):
         save(log, 20)
     monkeypatch.undo()

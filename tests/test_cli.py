@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.batches import Rank, chain, local_blocks, slot_digest, steps
-from pipelines.checkpoint import START_DIGEST, Commit, CommitLog
 from pipelines.cli import VERBS, main
-from pipelines.plan import Cursor
+from pipelines.data.batches import Rank, chain, local_blocks, slot_digest, steps
+from pipelines.data.plan import Cursor
 from pipelines.recipes import RECIPES, recipe
 from pipelines.run import Run, load_run, locked, open_run
+from pipelines.training.checkpoint import START_DIGEST, Commit, CommitLog
 from tests.command import command
 
 NUM_STEPS = 6

@@ -15,9 +15,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipelines import manifest as manifests
+from pipelines.data import manifest as manifests
+from pipelines.data.shards import SourceConfig
+from pipelines.data.text import PAIRED
+from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError
-from pipelines.evaluate import (
+from pipelines.recipes import recipe
+from pipelines.run import Run
+from pipelines.use.evaluate import (
     PASSES,
     Evaluation,
     _bootstrap,
@@ -25,11 +30,6 @@ from pipelines.evaluate import (
     _length_classifier,
     evaluate,
 )
-from pipelines.recipes import recipe
-from pipelines.run import Run
-from pipelines.shards import SourceConfig
-from pipelines.text import PAIRED
-from pipelines.vocabulary import Vocabulary
 from ssl_models import build_objective
 from tests.corpus import write_corpus
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import UserError
-from pipelines.fill_mask import fill_mask
-from pipelines.registry import Encoder
-from pipelines.vocabulary import Vocabulary
+from pipelines.use.fill_mask import fill_mask
+from pipelines.use.registry import Encoder
 from ssl_models.bert import BertConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
 from ssl_models.objective import Batch

@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import manifest as manifests
 from pipelines.cluster import parallel_map
-from pipelines.errors import DataError
-from pipelines.manifest import (
+from pipelines.data import manifest as manifests
+from pipelines.data.manifest import (
     BLOCKS_PER_CORPUS,
     MIN_BLOCK_BYTES,
     Document,
@@ -29,8 +28,9 @@ from pipelines.manifest import (
     build,
     content_hash,
 )
+from pipelines.data.shards import Rejected, SourceConfig, document, find_shards, form_of, open_shard
+from pipelines.errors import DataError
 from pipelines.run import index
-from pipelines.shards import Rejected, SourceConfig, document, find_shards, form_of, open_shard
 from tests.corpus import build_manifest, make_text, serial_map, write_corpus
 
 SOURCE = SourceConfig(heldout_ratio=0.3, txt_documents="blank-line")

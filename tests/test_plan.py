@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.manifest import Block, Manifest, Shard
-from pipelines.plan import OrderConfig, Plan
-from pipelines.shards import SourceConfig
+from pipelines.data.manifest import Block, Manifest, Shard
+from pipelines.data.plan import OrderConfig, Plan
+from pipelines.data.shards import SourceConfig
 
 
 def make_manifest(blocks_per_shard: list[int], idle: frozenset[int] = frozenset()) -> Manifest:

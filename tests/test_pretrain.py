@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.bundle import BundleError
 from pipelines.cli import main
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.errors import UserError
-from pipelines.mlflow_client import open_client
 from pipelines.pretrain import pretrain
 from pipelines.recipes import recipe
-from pipelines.registry import load_encoder
 from pipelines.run import load_run
-from pipelines.tracking import RUN_KEY_TAG
-from pipelines.verify import verify
+from pipelines.training.mlflow_client import open_client
+from pipelines.training.tracking import RUN_KEY_TAG
+from pipelines.use.bundle import BundleError
+from pipelines.use.registry import load_encoder
+from pipelines.use.verify import verify
 
 
 @dataclass(frozen=True)

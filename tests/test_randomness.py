@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import randomness
-from pipelines.randomness import Words64, draws, key, permutation, uniform
+from pipelines.data import randomness
+from pipelines.data.randomness import Words64, draws, key, permutation, uniform
 
 SAMPLES = 100_000
 

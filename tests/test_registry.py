@@ -11,10 +11,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipelines.bundle import Bundle, BundleError, manifest_sha256, verify_bundle, write_bundle
-from pipelines.mlflow_client import open_client
-from pipelines.registry import Registered, load_encoder, register, resolve
-from pipelines.vocabulary import Vocabulary, VocabularyConfig, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary, VocabularyConfig, train_vocabulary
+from pipelines.training.mlflow_client import open_client
+from pipelines.use.bundle import Bundle, BundleError, manifest_sha256, verify_bundle, write_bundle
+from pipelines.use.registry import Registered, load_encoder, register, resolve
 from ssl_models import ObjectiveConfig, build_objective
 from ssl_models.bert import BertConfig
 from ssl_models.masked_language import MaskedLanguageConfig

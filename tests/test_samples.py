@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import DataError, UserError
-from pipelines.samples import (
+from pipelines.data.samples import (
     NUM_SHARDS,
     SAMPLES,
     SOURCE_FILE,
@@ -26,6 +25,7 @@ from pipelines.samples import (
     write_archive,
     write_sample,
 )
+from pipelines.errors import DataError, UserError
 
 MEMBER = (
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"

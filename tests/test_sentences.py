@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.sentences import split_sentences
+from pipelines.data.sentences import split_sentences
 
 SIGNS = (*" .?!,\"'()[]\n\t\x0c\x00", "\u2028", "\u3000", "\u2003", "\u0085", "\u201c", "\ufeff")
 parts = st.one_of(

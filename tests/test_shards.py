@@ -11,10 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines import shards
-from pipelines.errors import DataError, UserError
-from pipelines.manifest import Indexer
-from pipelines.shards import (
+from pipelines.data import shards
+from pipelines.data.manifest import Indexer
+from pipelines.data.shards import (
     MAX_RECORD_BYTES,
     Form,
     Rejected,
@@ -26,6 +25,7 @@ from pipelines.shards import (
     read_span,
     records,
 )
+from pipelines.errors import DataError, UserError
 
 FORMS: tuple[Form, ...] = ("jsonl", "txt-file", "txt-blank-line")
 SOURCE = SourceConfig(heldout_ratio=0)

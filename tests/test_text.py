@@ -15,22 +15,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines.manifest import Document, content_hash
-from pipelines.randomness import draws, key
-from pipelines.text import (
-    FATES,
-    IGNORED,
-    NO_PARTNER,
-    ONE_SEGMENT,
-    PAIRED,
-    Pairs,
-    TextConfig,
-    TextRows,
-    couple,
-    mask,
-    num_predictions,
-)
-from pipelines.vocabulary import CONTROL_TOKENS, Vocabulary
+from pipelines.data.manifest import Document, content_hash
+from pipelines.data.masks import mask, num_predictions
+from pipelines.data.pairs import Pairs, couple
+from pipelines.data.randomness import draws, key
+from pipelines.data.text import FATES, IGNORED, NO_PARTNER, ONE_SEGMENT, PAIRED, TextRows
+from pipelines.data.text_config import TextConfig
+from pipelines.data.vocabulary import CONTROL_TOKENS, Vocabulary
 from tests.corpus import make_documents
 
 SHORT = TextConfig(max_length=32)

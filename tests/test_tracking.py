@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.mlflow_client import open_client
-from pipelines.tracking import SpoolWriter, Tracker, TrackingError, read_spool
+from pipelines.training.mlflow_client import open_client
+from pipelines.training.tracking import SpoolWriter, Tracker, TrackingError, read_spool
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_a_run_key_with_a_quote_is_refused(run_dir: Path) -> None:
 def test_a_first_run_prints_nothing(tmp_path: Path) -> None:
     code = """
 from pathlib import Path
-from pipelines.tracking import Tracker
+from pipelines.training.tracking import Tracker
 tracker = Tracker(Path("run"), "sqlite:///mlflow.db", "experiment", "key", "a run")
 tracker.start()
 assert tracker.close("FINISHED", 100)
@@ -274,7 +274,7 @@ assert tracker.close("FINISHED", 100)
 
 
 def test_a_process_killed_while_it_makes_the_tables_leaves_no_broken_store(tmp_path: Path) -> None:
-    code = "from pipelines.mlflow_client import open_client; open_client('sqlite:///mlflow.db')"
+    code = "from pipelines.training.mlflow_client import open_client; open_client('sqlite:///mlflow.db')"
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "TMPDIR": str(tmp_path),

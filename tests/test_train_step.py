@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelines.batches import ArrayBatch
 from pipelines.config import RunConfig
+from pipelines.data.batches import ArrayBatch
+from pipelines.data.text import PAIRED, TextRows
+from pipelines.data.text_config import TextConfig
+from pipelines.data.vocabulary import Vocabulary
 from pipelines.recipes import recipe
-from pipelines.text import PAIRED, TextConfig, TextRows
-from pipelines.training import build_learner, train_step
-from pipelines.vocabulary import Vocabulary
+from pipelines.training.loop import build_learner, train_step
 from ssl_models.masked_language import NO_LABEL
 from tests.corpus import make_documents
 

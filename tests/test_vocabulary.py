@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordPiece
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from pipelines.errors import DataError, UserError
-from pipelines.vocabulary import (
+from pipelines.data.vocabulary import (
     CONTROL_TOKENS,
     Vocabulary,
     VocabularyConfig,
     load_vocabulary,
     train_vocabulary,
 )
+from pipelines.errors import DataError, UserError
 from tests.corpus import make_documents
 
 TEXTS = [document.text for document in make_documents(60)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.wikitext import strip_wikitext
+from pipelines.data.wikitext import strip_wikitext
 
 
 @pytest.mark.parametrize(

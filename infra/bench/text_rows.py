@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from pipelines.manifest import Document, build
-from pipelines.randomness import draws
+from pipelines.data.manifest import Document, build
+from pipelines.data.masks import mask
+from pipelines.data.randomness import draws
+from pipelines.data.sentences import split_sentences
+from pipelines.data.shards import find_shards
+from pipelines.data.text import TextRows
+from pipelines.data.vocabulary import train_vocabulary
 from pipelines.recipes import text_mini
-from pipelines.sentences import split_sentences
-from pipelines.shards import find_shards
-from pipelines.text import TextRows, mask
-from pipelines.vocabulary import train_vocabulary
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from pipelines.errors import UserError
-from pipelines.mlflow_client import open_client, sqlite_path
+from pipelines.training.mlflow_client import open_client, sqlite_path
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import ray
 from ray.data import DataIterator, ExecutionOptions
 from ray.train import DataConfig
 
-from pipelines.batches import RowSource, dataset, read_tasks
-from pipelines.checkpoint import Attempt, CommitLog
-from pipelines.plan import Cursor, OrderConfig
+from pipelines.data.batches import RowSource, dataset, read_tasks
+from pipelines.data.plan import Cursor, OrderConfig
+from pipelines.training.checkpoint import Attempt, CommitLog
 
 
 @dataclass(frozen=True, eq=False)

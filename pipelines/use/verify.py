@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from pipelines.batches import Rank, chain, local_blocks, slot_digest, steps
-from pipelines.checkpoint import START_DIGEST
+from pipelines.data.batches import Rank, chain, local_blocks, slot_digest, steps
+from pipelines.data.plan import Cursor
 from pipelines.errors import UserError
-from pipelines.plan import Cursor
 from pipelines.run import Run
+from pipelines.training.checkpoint import START_DIGEST
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from pipelines.errors import DataError
-from pipelines.shards import (
+from pipelines.data.shards import (
     Form,
     Rejected,
     SourceConfig,
@@ -29,6 +28,7 @@ from pipelines.shards import (
     read_span,
     records,
 )
+from pipelines.errors import DataError
 
 Split = Literal["training", "heldout"]
 

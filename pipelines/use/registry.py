@@ -24,17 +24,17 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipelines.bundle import FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
+from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import nearest
-from pipelines.mlflow_client import open_client, sqlite_path
-from pipelines.tracking import RUN_KEY_TAG
-from pipelines.vocabulary import Vocabulary
+from pipelines.training.mlflow_client import open_client, sqlite_path
+from pipelines.training.tracking import RUN_KEY_TAG
+from pipelines.use.bundle import FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
 from ssl_models import ObjectiveConfig, build_objective
 from ssl_models.objective import Batch, Objective
 
 MANIFEST_TAG = "rayssl.manifest_sha256"
 FLAVOR = "rayssl"
-LOADER_MODULE = "pipelines.registry"
+LOADER_MODULE = "pipelines.use.registry"
 BUNDLE_FOLDER = "encoder"
 REQUIREMENTS = ("rayssl", "mlflow", "numpy", "pydantic", "safetensors", "tokenizers", "torch")
 EXAMPLE_TEXT = "A sentence to embed."

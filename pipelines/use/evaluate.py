@@ -10,9 +10,9 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from pipelines.data.text import PAIRED, TextRows
 from pipelines.errors import DataError
 from pipelines.run import Run
-from pipelines.text import PAIRED, TextRows
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.objective import Objective
 

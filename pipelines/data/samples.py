@@ -28,8 +28,8 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 from xml.etree import ElementTree
 
+from pipelines.data.wikitext import strip_wikitext
 from pipelines.errors import DataError, UserError, nearest
-from pipelines.wikitext import strip_wikitext
 
 NUM_SHARDS = 8
 MIN_DOCUMENT_CHARS = 1_000

@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.data.plan import Cursor
 from pipelines.errors import DataError
-from pipelines.plan import Cursor
 from pipelines.storage import difference, inventory, sha256_of, write_folder, write_json
 
 START_DIGEST = "0" * 64

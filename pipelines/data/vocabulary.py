@@ -21,6 +21,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
+from pipelines.data.spans import Ints, Tokens
 from pipelines.errors import DataError, UserError
 
 CONTROL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -83,6 +84,12 @@ class Vocabulary:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def encode_flat(self, texts: list[str]) -> tuple[Tokens, Ints]:
+        """Return the joined ids of the texts, without control tokens, and how many each has."""
+        encoded = self.encode(texts)
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        return np.concatenate([np.zeros(0, self.dtype), *encoded]), lengths
 
 
 def train_vocabulary(texts: Callable[[], Iterable[str]], config: VocabularyConfig) -> Vocabulary:

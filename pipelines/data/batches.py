@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipelines.manifest import Document
-from pipelines.plan import Cursor, OrderConfig, Plan, WorkOrder
+from pipelines.data.manifest import Document
+from pipelines.data.plan import Cursor, OrderConfig, Plan, WorkOrder
 
 ArrayBatch = dict[str, NDArray[Any]]
 

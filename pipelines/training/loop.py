@@ -14,15 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.batches import ArrayBatch, Edge, Rank, RowSource, Step, chain, slot_digest, steps
-from pipelines.checkpoint import START_DIGEST, Attempt, Commit, CommitLog, Saver, restore
 from pipelines.config import RunConfig
+from pipelines.data.batches import (
+    ArrayBatch,
+    Edge,
+    Rank,
+    RowSource,
+    Step,
+    chain,
+    slot_digest,
+    steps,
+)
+from pipelines.data.plan import Cursor
+from pipelines.data.randomness import key
 from pipelines.errors import UserError
-from pipelines.feed import Feed
-from pipelines.plan import Cursor
-from pipelines.randomness import key
 from pipelines.run import Run
-from pipelines.tracking import SpoolWriter
+from pipelines.training.checkpoint import START_DIGEST, Attempt, Commit, CommitLog, Saver, restore
+from pipelines.training.feed import Feed
+from pipelines.training.tracking import SpoolWriter
 from ssl_models import build_objective
 from ssl_models.objective import Batch, Objective, joint_loss
 from ssl_models.optim import FlatGradients, build_optimizer, learning_rate

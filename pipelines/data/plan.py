@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.manifest import Manifest
-from pipelines.randomness import key, permutation
+from pipelines.data.manifest import Manifest
+from pipelines.data.randomness import key, permutation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,18 +23,18 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from pipelines import training
-from pipelines.batches import Step, steps
-from pipelines.checkpoint import Commit, CommitLog
 from pipelines.config import RunConfig
+from pipelines.data.batches import Step, steps
 from pipelines.errors import DataError
-from pipelines.mlflow_client import open_client
 from pipelines.pretrain import train
 from pipelines.recipes import recipe
 from pipelines.run import Run, load_run, locked, open_run
-from pipelines.tracking import RUN_KEY_TAG, read_spool
-from pipelines.training import Job, train_worker
-from pipelines.verify import verify
+from pipelines.training import loop as training
+from pipelines.training.checkpoint import Commit, CommitLog
+from pipelines.training.loop import Job, train_worker
+from pipelines.training.mlflow_client import open_client
+from pipelines.training.tracking import RUN_KEY_TAG, read_spool
+from pipelines.use.verify import verify
 from tests.command import command
 
 NUM_STEPS = 20

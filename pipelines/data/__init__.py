@@ -1,0 +1,4 @@
+"""Raw shards to global batches, a pure function of (data, seed, recipe).
+
+shards, manifest, plan, then text (sentences, vocabulary) makes rows, and batches deals them out.
+"""

@@ -1,0 +1,1 @@
+"""Global batches to a trained encoder: feed, loop, checkpoint, tracking."""

@@ -1,0 +1,1 @@
+"""What a trained encoder is for: evaluate, verify, bundle, registry, fill_mask."""
