@@ -1,7 +1,10 @@
 """From raw shards to a registered encoder: the path of a batch.
 
+    data/filesystems.py     names -> files, local or of any store that pyarrow knows
     data/shards.py          bytes -> records -> documents, or a reason why not
-    data/manifest.py        shards -> blocks with hashes and counts; the fingerprint and the ledger
+    data/indexing.py        shards -> blocks with hashes and counts, and the ledger
+    data/manifest.py        what that pass has found; the fingerprint
+    data/gate.py            whether so much that is broken may be used
     data/plan.py            (manifest, seed) -> an endless sequence of work orders
     data/text.py            documents -> sentences -> tokens -> pairs -> masked rows -> arrays
     data/batches.py         work orders -> Ray Data -> slots of global batches, one order for any W

@@ -1,11 +1,13 @@
 """The record of a run: every number that decides what it does, in one frozen value."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from pipelines.data.manifest import GATES
 from pipelines.data.plan import OrderConfig
 from pipelines.data.shards import SourceConfig
 from pipelines.data.text_config import TextConfig
@@ -22,7 +24,11 @@ class RunConfig:
     recipe: str
     """The named run that this one started from."""
     data: tuple[str, ...] = ()
-    """Raw shards: files, folders or quoted globs; .txt and .jsonl, plain, .gz or .zst."""
+    """Raw shards: files, folders or quoted globs, local or as URIs such as s3://bucket/folder;
+    .txt and .jsonl, plain, .gz or .zst, and .parquet."""
+    weights: tuple[float, ...] = ()
+    """How often an epoch uses each pattern of --data, one number each: 2 is twice, 0.5 is one
+    half, another half in the next epoch; without any, all of it once."""
     name: str = ""
     """The run lives in RUNS/NAME; the same name goes on where that run stopped."""
     runs: str = "runs"
@@ -68,6 +74,13 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not re.fullmatch(r"[\w-][\w.-]*|", self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"weights must be above 0, got {self.weights}")
+        if self.weights and self.data and len(self.weights) != len(self.data):
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.data)} patterns of --data; give one "
+                "for each"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not 1 <= self.workers <= self.order.slots:
@@ -98,6 +111,7 @@ FREE_TO_CHANGE = frozenset(
         "experiment",
         "address",
         "verbose",
+        *(f"source.{gate}" for gate in GATES),
     }
 )
 """Fields that a resumed run may change. The data is held by its fingerprint, not by its path."""

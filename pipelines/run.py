@@ -10,11 +10,13 @@ from pathlib import Path
 
 from pipelines.cluster import parallel_map
 from pipelines.config import RunConfig, changed, from_record, to_record
-from pipelines.data import manifest as manifests
 from pipelines.data.batches import RowSource
-from pipelines.data.manifest import Manifest
+from pipelines.data.filesystems import File, join
+from pipelines.data.gate import check
+from pipelines.data.indexing import build
+from pipelines.data.manifest import GATES, Manifest
 from pipelines.data.plan import Plan
-from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.data.shards import SourceConfig, find_shards, identity
 from pipelines.data.text import TextRows
 from pipelines.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
 from pipelines.errors import DataError, UserError, nearest
@@ -43,8 +45,9 @@ class Run:
     @property
     def source(self) -> RowSource:
         """What makes the rows of the run."""
-        plan = Plan(self.manifest, self.config.seed, self.config.order.blocks_per_order)
-        return RowSource(plan, TextRows(self.config.text, self.vocabulary))
+        config = self.config
+        plan = Plan(self.manifest, config.seed, config.order.blocks_per_order, config.weights)
+        return RowSource(plan, TextRows(config.text, self.vocabulary))
 
 
 @contextlib.contextmanager
@@ -88,7 +91,7 @@ def open_run(config: RunConfig, run_dir: Path) -> Run:
             "go on with what it was started with, or choose another --name"
         )
     if config.data:
-        _refuse_other_data(run, find_shards(config.data))
+        _refuse_other_data(run, find_shards(config.data, separate=bool(config.weights)))
     return replace(run, config=settled)
 
 
@@ -126,21 +129,26 @@ def load_run(run_dir: Path) -> Run:
     return Run(run_dir, key, from_record(config), manifest, vocabulary)
 
 
-def index(patterns: Sequence[str], source: SourceConfig, cache: Path) -> Manifest:
+def index(
+    patterns: Sequence[str], source: SourceConfig, cache: Path, *, separate: bool = False
+) -> Manifest:
     """Return the manifest of the shards, from the cache if no shard has changed since.
 
+    With `separate`, each pattern is a source of its own. Whether the corpus may be used is for
+    `gate.check` to say.
+
     Raises:
-        UserError: If a pattern matches nothing.
-        DataError: If a shard is cut, or there is nothing to train on.
+        UserError: If a pattern matches nothing, or a store cannot be reached.
+        DataError: If a shard cannot be read, but for one that is cut.
     """
-    paths = find_shards(patterns)
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    state = json.dumps([stamps, vars(source)])
+    files = find_shards(patterns, separate=separate)
+    reading = {name: value for name, value in vars(source).items() if name not in GATES}
+    state = json.dumps([files, reading, source.max_expansion])
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one
         cached = json.loads(cache.read_text())
         if cached["state"] == state:
-            return Manifest.from_json(cached["manifest"])
-    manifest = manifests.build(paths, source, parallel_map)
+            return replace(Manifest.from_json(cached["manifest"]), source=source)
+    manifest = build(files, source, parallel_map)
     write_json(cache, {"state": state, "manifest": manifest.to_json()})
     return manifest
 
@@ -149,7 +157,10 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
     """Settle what the config leaves open and record the run; run.json is written last."""
     if not config.data:
         raise UserError("no data: name raw shards with --data 'corpus/*.jsonl'")
-    manifest = index(config.data, config.source, Path(config.runs) / ".index" / "manifest.json")
+    cache = Path(config.runs) / ".index" / "manifest.json"
+    manifest = index(config.data, config.source, cache, separate=bool(config.weights))
+    check(manifest)
+    _refuse_idle_source(config, manifest)
     _refuse_single_document(config, manifest)
     if config.vocabulary_file:
         vocabulary = load_vocabulary(Path(config.vocabulary_file))
@@ -185,13 +196,22 @@ def _refuse_single_document(config: RunConfig, manifest: Manifest) -> None:
         )
 
 
-def _refuse_other_data(run: Run, paths: Sequence[Path]) -> None:
-    root = Path(run.manifest.root)
-    recorded = {str((root / shard.path).resolve()) for shard in run.manifest.shards}
-    given = {str(path) for path in paths}
+def _refuse_idle_source(config: RunConfig, manifest: Manifest) -> None:
+    blocks = manifest.blocks_of("training")
+    used = {manifest.shards[manifest.blocks[block].shard].source for block in blocks}
+    for number, pattern in enumerate(config.data[: len(config.weights)]):
+        if number not in used:
+            raise DataError(f"{pattern!r} has a weight but no document for training; leave it out")
+
+
+def _refuse_other_data(run: Run, files: Sequence[File]) -> None:
+    root = run.manifest.root
+    shards = run.manifest.shards
+    recorded = {(identity(join(root, shard.path)), shard.source) for shard in shards}
+    given = {(identity(file.name), file.source) for file in files}
     if given != recorded:
-        odd = sorted(given ^ recorded)[0]
+        odd, _ = sorted(given ^ recorded)[0]
         raise UserError(
             f"run {run.dir.name!r} was started with other shards ({odd} is in only one of the "
-            "two); give it the same --data, or choose another --name"
+            "two, or in another source); give it the same --data, or choose another --name"
         )

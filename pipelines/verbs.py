@@ -5,7 +5,6 @@ prints. What is heavy is imported in `run`, so that help and typos are answered 
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import tyro
 
 from pipelines.data.shards import SourceConfig
+from pipelines.tables import table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,13 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Read raw shards once and say what is in them: used, held out, filtered, quarantined."""
+    """Read raw shards once and say what is in them: used, held out, filtered, quarantined.
+
+    Exits with 65 where a run would refuse them.
+    """
 
     data: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders or quoted globs."""
+    """Files, folders or quoted globs, local or as URIs such as s3://bucket/folder."""
     out: Path = Path("runs/.index/manifest.json")
     """Where the manifest is kept; used again as long as no shard changes."""
     address: str = ""
@@ -56,22 +59,20 @@ class Index:
     def run(self) -> dict[str, Any]:
         """Print the ledger of a corpus."""
         from pipelines.cluster import cluster
+        from pipelines.data.gate import check, ledger_table, place_of
         from pipelines.run import index
 
         with cluster(self.address, 2, verbose=False):
             manifest = index(self.data, self.source, self.out)
-        rows = [(fate, str(e.records), f"{e.bytes:,}") for fate, e in manifest.ledger.items()]
-        total = (
-            sum(e.records for e in manifest.ledger.values()),
-            sum(e.bytes for e in manifest.ledger.values()),
-        )
-        print_table(("", "records", "bytes"), [*rows, ("total", str(total[0]), f"{total[1]:,}")])
+        print(ledger_table(manifest.ledger))
         for entry in manifest.quarantined[:10]:
-            print(f"{entry.reason}  {entry.path} at byte {entry.offset}, {entry.bytes} bytes")
+            print(place_of(entry))
         print(
             f"{len(manifest.shards)} shards, {len(manifest.blocks)} blocks, "
-            f"fingerprint {manifest.fingerprint[:16]}"
+            f"fingerprint {manifest.fingerprint[:16]}",
+            flush=True,
         )
+        check(manifest)
         return {
             "fingerprint": manifest.fingerprint,
             "shards": len(manifest.shards),
@@ -96,6 +97,7 @@ class Vocab:
     def run(self) -> dict[str, Any]:
         """Train and write a vocabulary."""
         from pipelines.cluster import cluster
+        from pipelines.data.gate import check
         from pipelines.data.vocabulary import VocabularyConfig, train_vocabulary
         from pipelines.run import index
         from pipelines.storage import write_text
@@ -103,6 +105,7 @@ class Vocab:
         config = VocabularyConfig(size=self.size)
         with cluster(self.address, 2, verbose=False):
             manifest = index(self.data, self.source, Path("runs/.index/manifest.json"))
+            check(manifest)
             vocabulary = train_vocabulary(lambda: manifest.texts("training"), config)
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
@@ -151,7 +154,7 @@ class FillMask:
         guesses = fill_mask(load_encoder(self.model, self.tracking_uri), self.text, self.top)
         for number, best in enumerate(guesses, 1):
             rows = [(guess.piece, f"{guess.probability:.4f}") for guess in best]
-            print_table((f"mask {number}", "probability"), rows)
+            print(table((f"mask {number}", "probability"), rows))
         return {"masks": [[guess._asdict() for guess in best] for best in guesses]}
 
 
@@ -175,12 +178,3 @@ class Verify:
         else:
             print(f"FAIL: step {verdict.first_different_step} was not trained on as planned")
         return dataclasses.asdict(verdict)
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())

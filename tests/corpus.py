@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import pytest
 
-from pipelines.data import manifest
+from pipelines.data import indexing
 from pipelines.data.manifest import Document, Manifest, content_hash
-from pipelines.data.shards import SourceConfig
+from pipelines.data.shards import SourceConfig, find_shards
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -103,9 +103,9 @@ def build_manifest(
 ) -> Manifest:
     """Return a manifest of small blocks, so that a small corpus has many of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "MIN_BLOCK_BYTES", block_bytes)
+        patch.setattr(indexing, "MIN_BLOCK_BYTES", block_bytes)
         source = SourceConfig(heldout_ratio=heldout_ratio)
-        return manifest.build(paths, source, serial_map)
+        return indexing.build(find_shards([str(path) for path in paths]), source, serial_map)
 
 
 def _sentence(dice: random.Random, topic: str) -> str:

@@ -157,11 +157,9 @@ def uneven(source: RowSource) -> RowSource:
     """Return a source that is late with every third work order; later ones are ready before."""
 
     class Uneven(TextRows):
-        def rows(
-            self, documents: Sequence[Document], *, seed: int, epoch: int, order: int
-        ) -> pa.Table:
+        def rows(self, documents: Sequence[Document], *, seed: int, order: int) -> pa.Table:
             time.sleep(0.4 if order % 3 == 0 else 0)
-            return super().rows(documents, seed=seed, epoch=epoch, order=order)
+            return super().rows(documents, seed=seed, order=order)
 
     assert isinstance(source.maker, TextRows)
     return replace(source, maker=Uneven(source.maker.config, source.maker.vocabulary))
@@ -321,8 +319,11 @@ def test_the_stream_is_numbered_without_a_gap(source: RowSource) -> None:
 
 def test_rows_of_an_order_are_shuffled_and_none_is_lost(source: RowSource) -> None:
     order = source.plan.order(1)
-    documents = [d for block in order.blocks for d in source.plan.manifest.read(block, "training")]
-    made = source.maker.rows(documents, seed=0, epoch=order.epoch, order=1)
+    assert {visit for _, visit in order.blocks} == {0}
+    documents = [
+        d for block, _ in order.blocks for d in source.plan.manifest.read(block, "training")
+    ]
+    made = source.maker.rows(documents, seed=0, order=1)
     table = source.table(order)
     columns = made.column_names
     assert table.select(columns) != made
@@ -468,5 +469,4 @@ def test_read_tasks_are_of_one_order_while_they_can_be() -> None:
 def test_the_estimated_rows_of_an_order_are_near_the_true_ones(source: RowSource) -> None:
     orders = [source.plan.order(number) for number in range(source.plan.orders_per_epoch)]
     mean = np.mean([source.table(order).num_rows for order in orders])
-    for order in orders:
-        assert 0.8 * mean < source.rows_per_order(order) < 1.25 * mean
+    assert 0.8 * mean < source.rows_per_order() < 1.25 * mean

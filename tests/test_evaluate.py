@@ -15,8 +15,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipelines.data import manifest as manifests
-from pipelines.data.shards import SourceConfig
+from pipelines.data.indexing import build
+from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.text import PAIRED
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError
@@ -31,7 +31,7 @@ from pipelines.use.evaluate import (
     evaluate,
 )
 from ssl_models import build_objective
-from tests.corpus import write_corpus
+from tests.corpus import serial_map, write_corpus
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,8 +44,7 @@ def one_thread() -> Iterator[None]:
 
 
 def open_without_ray(folder: Path, vocabulary: Vocabulary, source: SourceConfig) -> Run:
-    paths = sorted((folder / "corpus").glob("*.jsonl"))
-    manifest = manifests.build(paths, source, lambda index, shards: [index(s) for s in shards])
+    manifest = build(find_shards([str(folder / "corpus")]), source, serial_map)
     config = replace(recipe("text-tiny"), name="run", source=source)
     encoder = replace(config.objective.encoder, vocab_size=vocabulary.size)
     config = replace(config, objective=replace(config.objective, encoder=encoder))
@@ -75,7 +74,10 @@ def heldout_rows(run: Run) -> list[dict[str, Any]]:
         for block in run.manifest.blocks_of("heldout")
         for document in run.manifest.read(block, "heldout")
     ]
-    made = [run.source.maker.rows(documents, seed=-1, epoch=i, order=i) for i in range(PASSES)]
+    made = [
+        run.source.maker.rows([d._replace(visit=i) for d in documents], seed=-1, order=i)
+        for i in range(PASSES)
+    ]
     rows: list[dict[str, Any]] = pa.concat_tables(made).to_pylist()
     return rows
 

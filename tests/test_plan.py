@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.manifest import Block, Manifest, Shard
-from pipelines.data.plan import OrderConfig, Plan
+from pipelines.data.plan import OrderConfig, Plan, WorkOrder
 from pipelines.data.shards import SourceConfig
 
 
@@ -20,7 +20,8 @@ def make_manifest(blocks_per_shard: list[int], idle: frozenset[int] = frozenset(
         source=SourceConfig(),
         block_bytes=1,
         shards=tuple(
-            Shard(path=f"{i}", bytes=n, form="jsonl") for i, n in enumerate(blocks_per_shard)
+            Shard(path=f"{i}", bytes=n, file_bytes=n, form="jsonl")
+            for i, n in enumerate(blocks_per_shard)
         ),
         blocks=tuple(
             Block(
@@ -45,7 +46,11 @@ shapes = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 
 def epoch_of(plan: Plan, epoch: int) -> list[tuple[int, ...]]:
     first = epoch * plan.orders_per_epoch
-    return [plan.order(first + i).blocks for i in range(plan.orders_per_epoch)]
+    return [blocks_of(plan.order(first + i)) for i in range(plan.orders_per_epoch)]
+
+
+def blocks_of(order: WorkOrder) -> tuple[int, ...]:
+    return tuple(block for block, _ in order.blocks)
 
 
 @given(shape=shapes, per_order=st.integers(1, 9), seed=st.integers(0, 9), data=st.data())
@@ -73,7 +78,7 @@ def test_orders_are_numbered_without_a_gap_and_never_cross_an_epoch(
     found = list(islice(plan.orders(start), 30))
     assert [order.number for order in found] == list(range(start, start + 30))
     for order in found:
-        assert order.epoch == order.number // plan.orders_per_epoch
+        assert {v for _, v in order.blocks} == {order.number // plan.orders_per_epoch}
         assert order == plan.order(order.number)
 
 

@@ -189,7 +189,7 @@ def paired_rows(vocabulary: Vocabulary, first: int, count: int) -> pa.Table:
     """Return paired rows of documents that only these rows are made of."""
     documents = make_documents(first + count)[first:]
     maker = TextRows(TextConfig(max_length=32), vocabulary)
-    rows = maker.rows(documents, seed=0, epoch=0, order=0)
+    rows = maker.rows(documents, seed=0, order=0)
     return rows.filter(pa.compute.equal(rows["fate"], PAIRED))
 
 

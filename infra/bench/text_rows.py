@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from pipelines.data.manifest import Document, build
+from pipelines.data.indexing import build
+from pipelines.data.manifest import Document
 from pipelines.data.masks import mask
 from pipelines.data.randomness import draws
 from pipelines.data.sentences import split_sentences
@@ -49,7 +50,7 @@ def main() -> None:
     documents = [Document(i, i, text) for i, text in enumerate(texts)]
     maker = TextRows(config.text, vocabulary)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    rows = maker.rows(documents, seed=0, epoch=0, order=0)
+    rows = maker.rows(documents, seed=0, order=0)
     nested = rows["input_ids"].combine_chunks()
     flat, lengths = nested.flatten().to_numpy(), np.diff(nested.offsets.to_numpy()).astype(np.int64)
     row_keys = draws(0, np.arange(len(lengths), dtype=np.uint64))
@@ -57,7 +58,7 @@ def main() -> None:
     seconds = _measure(
         given.repeats,
         {
-            "rows": lambda: maker.rows(documents, seed=0, epoch=0, order=0),
+            "rows": lambda: maker.rows(documents, seed=0, order=0),
             "tokenizers_alone": lambda: [*vocabulary.tokenizer.encode_batch_fast(texts)],
             "sentences_alone": lambda: [split_sentences("en", text) for text in texts],
             "masks_alone": lambda: mask(flat, lengths, row_keys, vocabulary, config.text),

@@ -10,6 +10,7 @@ or moved a row stops the run instead of training on.
 """
 
 import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,8 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from pipelines.data.manifest import Document
-from pipelines.data.plan import Cursor, OrderConfig, Plan, WorkOrder
+from pipelines.data.plan import BlockVisit, Cursor, OrderConfig, Plan, WorkOrder
+from pipelines.data.records import Form
 
 ArrayBatch = dict[str, NDArray[Any]]
 
@@ -32,8 +34,8 @@ MAX_READ_TASKS = 1000
 """Ray takes a minute to plan tens of thousands of tasks: in longer runs each makes more orders."""
 SPARE_ORDERS = 1.3
 """Orders planned for each order that is expected to be needed."""
-SAMPLED_BLOCKS = 4
-"""Blocks of an order whose rows are counted to estimate those of all orders."""
+SAMPLED_BLOCKS = 8
+"""Blocks whose rows are counted to estimate those of all orders, if there are no more kinds."""
 
 
 class RowMaker(Protocol):
@@ -43,7 +45,7 @@ class RowMaker(Protocol):
     def fates(self) -> Sequence[str]:
         """What can become of a row; the column `fate` holds an index into it."""
 
-    def rows(self, documents: Sequence[Document], *, seed: int, epoch: int, order: int) -> pa.Table:
+    def rows(self, documents: Sequence[Document], *, seed: int, order: int) -> pa.Table:
         """Return the rows of a work order, a function of these arguments alone."""
 
     def collate(self, table: pa.Table) -> ArrayBatch:
@@ -64,9 +66,11 @@ class RowSource:
         """
         plan = self.plan
         documents = [
-            found for block in order.blocks for found in plan.manifest.read(block, "training")
+            found._replace(visit=visit)
+            for block, visit in order.blocks
+            for found in plan.manifest.read(block, "training")
         ]
-        made = self.maker.rows(documents, seed=plan.seed, epoch=order.epoch, order=order.number)
+        made = self.maker.rows(documents, seed=plan.seed, order=order.number)
         num_rows = made.num_rows
         address = {
             "order": pa.array(np.full(num_rows, order.number, dtype=np.int64)),
@@ -78,15 +82,28 @@ class RowSource:
             shuffled = shuffled.append_column(name, column)
         return shuffled.combine_chunks()
 
-    def rows_per_order(self, order: WorkOrder) -> float:
-        """Return an estimate of the rows of any work order, from a few blocks of one."""
-        blocks = self.plan.manifest.blocks
-        sample = order._replace(blocks=order.blocks[:SAMPLED_BLOCKS])
-        sampled_bytes = sum(blocks[block].bytes for block in sample.blocks)
-        bytes_per_order = sum(blocks[block].bytes for block in self.plan.blocks) / (
-            self.plan.orders_per_epoch
-        )
-        return float(self.table(sample).num_rows * bytes_per_order / sampled_bytes)
+    def rows_per_order(self) -> float:
+        """Return an estimate of the mean rows of a work order.
+
+        A byte gives more rows in one source or form than in another, so a few blocks of each
+        are made into rows, spread over its shards.
+        """
+        plan, rows_per_epoch = self.plan, 0.0
+        shards, blocks = plan.manifest.shards, plan.manifest.blocks
+        kinds: dict[tuple[int, Form], list[int]] = defaultdict(list)
+        for block in plan.blocks.tolist():
+            shard = shards[blocks[block].shard]
+            kinds[shard.source, shard.form].append(block)
+        sizes = Counter(plan.sources.tolist())
+        for (source, _), members in kinds.items():
+            stride = -(-len(members) // max(1, SAMPLED_BLOCKS // len(kinds)))
+            sampled = members[stride // 2 :: stride]
+            made = self.table(WorkOrder(0, tuple(BlockVisit(block, 0) for block in sampled)))
+            sampled_bytes = sum(blocks[block].bytes for block in sampled)
+            passes = plan.blocks_per_epoch[source] / sizes[source]
+            all_bytes = passes * sum(blocks[block].bytes for block in members)
+            rows_per_epoch += made.num_rows * all_bytes / sampled_bytes
+        return rows_per_epoch / plan.orders_per_epoch
 
 
 class Edge(NamedTuple):

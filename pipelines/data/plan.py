@@ -2,10 +2,12 @@
 
 A work order is a few blocks of different shards that one task makes into rows: the shuffle
 window, and the pool in which NotNext pairs exchange their second segments. Orders are numbered
-across epochs without a gap; every epoch visits every block once, in an order of its own.
-Nothing here knows of workers, so neither does the sequence.
+across epochs without a gap; every epoch visits every block once, in an order of its own, or as
+often as the weight of its source says. Nothing here knows of workers, so neither does the
+sequence.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -70,36 +72,65 @@ class Cursor(NamedTuple):
     """Steps already made of that superblock."""
 
 
+class BlockVisit(NamedTuple):
+    """A block, and in which pass over its source it is used: without weights, the epoch."""
+
+    block: int
+    visit: int
+
+
 class WorkOrder(NamedTuple):
     """Blocks to be made into rows by one task."""
 
     number: int
-    epoch: int
-    blocks: tuple[int, ...]
+    blocks: tuple[BlockVisit, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The endless sequence of work orders over the training blocks of a manifest."""
+    """The endless sequence of work orders over the training blocks of a manifest.
+
+    Each source is an endless sequence of passes over its blocks, each in a keyed order, and
+    every epoch takes the next `blocks_per_epoch` of them.
+    """
 
     manifest: Manifest
     seed: int
     blocks_per_order: int
+    weights: tuple[float, ...] = ()
+    """How many passes over each source an epoch makes; without any, one over all."""
 
     @cached_property
     def blocks(self) -> NDArray[np.int64]:
         """The blocks that hold training documents."""
         return np.array(self.manifest.blocks_of("training"), dtype=np.int64)
 
-    @property
+    @cached_property
+    def shards(self) -> NDArray[np.int64]:
+        """The shard of each of these blocks."""
+        return np.array([self.manifest.blocks[block].shard for block in self.blocks], np.int64)
+
+    @cached_property
+    def sources(self) -> NDArray[np.int64]:
+        """The source of each of these blocks."""
+        return np.array([self.manifest.shards[shard].source for shard in self.shards], np.int64)
+
+    @cached_property
+    def blocks_per_epoch(self) -> dict[int, int]:
+        """How many blocks of each source an epoch takes: the same number in every epoch."""
+        counts = Counter(self.sources.tolist())
+        weights = self.weights or (1.0,)
+        return {source: max(1, round(weights[source] * n)) for source, n in sorted(counts.items())}
+
+    @cached_property
     def orders_per_epoch(self) -> int:
-        """How many orders visit every block once."""
-        return -(-len(self.blocks) // self.blocks_per_order)
+        """How many orders an epoch has."""
+        return -(-sum(self.blocks_per_epoch.values()) // self.blocks_per_order)
 
     def order(self, number: int) -> WorkOrder:
         """Return work order `number` of the endless sequence."""
         epoch, index = divmod(number, self.orders_per_epoch)
-        return WorkOrder(number, epoch, tuple(_epoch_orders(self, epoch)[index].tolist()))
+        return WorkOrder(number, _epoch_orders(self, epoch)[index])
 
     def orders(self, start: int) -> Iterator[WorkOrder]:
         """Yield the orders from number `start` on, without end."""
@@ -113,17 +144,32 @@ class Plan:
 
 
 @lru_cache(maxsize=4)
-def _epoch_orders(plan: Plan, epoch: int) -> list[NDArray[np.int64]]:
+def _epoch_orders(plan: Plan, epoch: int) -> list[tuple[BlockVisit, ...]]:
     """Return the blocks of each order of an epoch.
 
     The blocks are laid out shard by shard, both in keyed order, and order i takes every n-th
     of them from a keyed place on, n being the number of orders. Two blocks of one shard then
-    meet in an order only if the shard has more than n blocks, where they have to.
+    meet in an order only if the epoch takes more than n blocks of the shard, where they have to.
     """
-    shards = np.array([plan.manifest.blocks[block].shard for block in plan.blocks])
-    within = permutation(key(plan.seed, epoch, "blocks"), len(plan.blocks))
+    parts = [_take(plan, epoch, source) for source in plan.blocks_per_epoch]
+    taken, visits = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     shard_rank = permutation(key(plan.seed, epoch, "shards"), len(plan.manifest.shards))
-    laid_out = plan.blocks[within][np.argsort(shard_rank[shards[within]], kind="stable")]
+    laid_out = np.argsort(shard_rank[plan.shards[taken]], kind="stable")
+    blocks, visits = plan.blocks[taken[laid_out]].tolist(), visits[laid_out].tolist()
+    visited = [*map(BlockVisit, blocks, visits)]
     num_orders = plan.orders_per_epoch
-    places = permutation(key(plan.seed, epoch, "orders"), num_orders)
-    return [laid_out[place::num_orders] for place in places]
+    places = permutation(key(plan.seed, epoch, "orders"), num_orders).tolist()
+    return [tuple(visited[place::num_orders]) for place in places]
+
+
+def _take(plan: Plan, epoch: int, source: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what an epoch takes of a source: indices into `plan.blocks`, and their passes."""
+    count = plan.blocks_per_epoch[source]
+    size = int((plan.sources == source).sum())
+    visits, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), size)
+    taken = []
+    for visit in range(int(visits[0]), int(visits[-1]) + 1):
+        within = permutation(key(plan.seed, visit, "blocks"), len(plan.blocks))
+        within = within[plan.sources[within] == source]
+        taken.append(within[places[visits == visit]])
+    return np.concatenate(taken), visits

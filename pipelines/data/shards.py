@@ -1,29 +1,27 @@
-r"""Strict readers: raw shards to records, and records to documents or a reason why not.
+"""Strict readers: raw shards to records, and records to documents or a reason why not."""
 
-The records of a shard tile it: joined together they are its bytes again, so nothing can be
-skipped unseen. Lines end at LF alone; U+2028 and form feeds are text.
-
-    >>> list(records(io.BytesIO(b'{"text": "a"}\n\n{"text": "b"}'), "jsonl"))
-    [b'{"text": "a"}\n', b'\n', b'{"text": "b"}']
-"""
-
-import glob
-import io
 import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-import pyarrow as pa
+from pipelines.data import parquet
+from pipelines.data.filesystems import File, find_files
+from pipelines.data.records import (
+    COMPRESSED,
+    MAX_RECORD_BYTES,
+    Form,
+    Record,
+    Seen,
+    open_content,
+    split,
+    suffixes,
+)
+from pipelines.errors import UserError
 
-from pipelines.errors import DataError, UserError
-
-Form = Literal["jsonl", "txt-file", "txt-blank-line"]
-
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-MAX_RECORD_BYTES = 16 * 1024 * 1024
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +29,28 @@ class SourceConfig:
     """How documents are read from raw shards, and which of them are kept from training."""
 
     text_field: str = "text"
-    """The field of a jsonl line that holds the document."""
+    """The field of a jsonl line, or the column of a parquet shard, that holds the document."""
     txt_documents: Literal["file", "blank-line"] = "file"
     """What is one document in a txt shard: the whole file, or text between blank lines."""
     heldout_ratio: float = 0.15
     """Share of documents held out for evaluation, chosen by a hash of their words, so that
     copies of one document are always on the same side."""
+    max_quarantined_ratio: float = 0.001
+    """Share of records that may be broken; with more of them nothing is started."""
+    cut_shards: Literal["refuse", "quarantine"] = "refuse"
+    """Whether shards that cannot be read to their end stop the run or are left out whole."""
+    max_expansion: float = 200.0
+    """How many times its size a shard may hold; what unpacks to more is taken for a bomb."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_ratio < 1:
             raise ValueError(f"heldout_ratio must be in [0, 1), got {self.heldout_ratio}")
+        if not 0 <= self.max_quarantined_ratio <= 1:
+            raise ValueError(
+                f"max_quarantined_ratio must be in 0..1, got {self.max_quarantined_ratio}"
+            )
+        if not 1 <= self.max_expansion < math.inf:
+            raise ValueError(f"max_expansion must be at least 1, got {self.max_expansion}")
 
 
 class Rejected(NamedTuple):
@@ -50,73 +60,102 @@ class Rejected(NamedTuple):
     """`filtered:...` for what is empty by design, `quarantined:...` for what is broken."""
 
 
-def find_shards(patterns: Sequence[str]) -> list[Path]:
+def find_shards(patterns: Sequence[str], *, separate: bool = False) -> list[File]:
     """Return the shards that files, folders and globs name, sorted, each once.
 
+    With `separate`, each pattern is a source of its own.
+
     Raises:
-        UserError: If a pattern matches nothing, or a file is of no known form.
+        UserError: If a pattern matches nothing, a file is of no known form, or a shard is in
+            two sources that are to be separate.
     """
-    found: set[Path] = set()
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            matches = [p for p in path.rglob("*") if p.is_file() and _stem_suffix(p) in _SUFFIXES]
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
-        if not matches:
+    found: dict[str, File] = {}
+    for source, pattern in enumerate(patterns):
+        num_matches, number = 0, source if separate else 0
+        for file in find_files(pattern, is_shard):
+            if not is_shard(file.name):
+                raise UserError(
+                    f"{file.name}: unknown form; shards end in {', '.join(_SUFFIXES)}, "
+                    f"and but for .parquet may be packed: {', '.join(COMPRESSED)}"
+                )
+            num_matches += 1
+            first = found.setdefault(identity(file.name), file._replace(source=number))
+            if first.source != number:
+                raise UserError(
+                    f"{file.name} is in two sources, {patterns[first.source]!r} and {pattern!r}, "
+                    "and cannot have two weights; make the patterns of --data disjoint"
+                )
+        if not num_matches:
             raise UserError(f"no shards match {pattern!r}: check the path, and quote the pattern")
-        found.update(match.resolve() for match in matches)
-    for path in found:
-        if _stem_suffix(path) not in _SUFFIXES:
-            raise UserError(
-                f"{path}: unknown form; shards end in {', '.join(_SUFFIXES)}, "
-                f"plain or with {', '.join(_COMPRESSED)}"
-            )
-    return sorted(found)
+    return sorted(found.values())
 
 
-def form_of(path: Path, config: SourceConfig) -> Form:
+def is_shard(name: str) -> bool:
+    """Return whether a file is a shard by its name."""
+    form, packing = suffixes(name)
+    return form in _SUFFIXES and not (packing and form == ".parquet")
+
+
+def identity(name: str) -> str:
+    """Return what two names of one shard have in common: links to one file are one shard.
+
+    It is not what the shard is called, because a link may have the suffix that its file lacks.
+    """
+    return os.path.realpath(name) if name.startswith("/") else name
+
+
+def form_of(name: str, config: SourceConfig) -> Form:
     """Return how the records of a shard are told apart."""
-    if _SUFFIXES[_stem_suffix(path)] == "jsonl":
-        return "jsonl"
-    return "txt-file" if config.txt_documents == "file" else "txt-blank-line"
+    known = _SUFFIXES[suffixes(name)[0]]
+    if known == "txt":
+        return "txt-file" if config.txt_documents == "file" else "txt-blank-line"
+    return "parquet" if known == "parquet" else "jsonl"
 
 
-def open_shard(path: Path) -> io.BufferedReader:
-    """Open the bytes of a shard, decompressed when its name ends in .gz or .zst."""
-    stream = pa.input_stream(str(path), compression=_COMPRESSED.get(path.suffix))
-    return io.BufferedReader(stream, buffer_size=1 << 20)
+def unit_of(name: str) -> Literal["byte", "row"]:
+    """Return what the offset of a record counts: bytes of the content, or rows."""
+    return "row" if suffixes(name)[0] == ".parquet" else "byte"
 
 
-def read_span(path: Path, offset: int, num_bytes: int) -> bytes:
-    """Return `num_bytes` of the decompressed shard from `offset`.
+def parts(name: str, config: SourceConfig, seen: Seen) -> Iterator[Iterator[Record]]:
+    """Yield the records of a shard in parts that no block may cross: row groups, or the whole.
+
+    Raises:
+        OSError: If the shard cannot be read to its end; or another of pyarrow's errors.
+    """
+    form = form_of(name, config)
+    if form == "parquet":
+        yield from parquet.row_groups(name, config.text_field, config.max_expansion, seen)
+    else:
+        with open_content(name, config.max_expansion) as stream:
+            yield split(stream, form, seen)
+
+
+def records_from(name: str, config: SourceConfig, offset: int, seen: Seen) -> Iterator[Record]:
+    """Yield the records from the offset of a block on: a byte of the content, or a row.
 
     A compressed shard is read from its start, so keep such shards below some 100 MB.
+
+    Raises:
+        OSError: If they cannot be read; or another of pyarrow's errors.
     """
-    with open_shard(path) as stream:
-        if path.suffix in _COMPRESSED:
-            while offset > 0:
-                offset -= len(stream.read(min(offset, 1 << 20))) or offset
+    form = form_of(name, config)
+    if form == "parquet":
+        yield from parquet.rows_from(name, config.text_field, offset, seen)
+        return
+    with open_content(name, config.max_expansion) as stream:
+        if suffixes(name)[1]:
+            while skipped := len(stream.read(min(offset, 1 << 20))):
+                offset -= skipped
         else:
             stream.seek(offset)
-        return stream.read(num_bytes)
+        yield from split(stream, form, seen)
 
 
-def records(stream: io.BufferedIOBase, form: Form) -> Iterator[bytes]:
-    """Yield the records of a shard; joined together they are the shard again."""
-    if form == "jsonl":
-        yield from stream
-    elif form == "txt-file":
-        if whole := stream.read():
-            yield whole
-    else:
-        yield from _paragraphs(stream)
-
-
-def document(record: bytes, form: Form, config: SourceConfig) -> str | Rejected:
+def document(record: bytes | None, form: Form, config: SourceConfig) -> str | Rejected:
     """Return the text of a record, or the reason why it has none."""
+    if record is None:
+        return Rejected("quarantined:no-text-field")
     if len(record) > MAX_RECORD_BYTES:
         return Rejected("quarantined:too-long")
     try:
@@ -140,26 +179,3 @@ def document(record: bytes, form: Form, config: SourceConfig) -> str | Rejected:
     if not any(character.isalnum() for character in text):
         return Rejected("filtered:no-words")
     return text
-
-
-def read_error(path: Path, error: Exception) -> DataError:
-    """Return the error for a shard that cannot be read to its end."""
-    return DataError(f"{path}: cut or corrupt ({error}); mend or remove this shard")
-
-
-def _paragraphs(stream: io.BufferedIOBase) -> Iterator[bytes]:
-    lines: list[bytes] = []
-    closed = False
-    for line in stream:
-        blank = not line.strip()
-        if closed and not blank:
-            yield b"".join(lines)
-            lines, closed = [], False
-        lines.append(line)
-        closed = closed or blank
-    if lines:
-        yield b"".join(lines)
-
-
-def _stem_suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.data.manifest import Document
 from pipelines.data.masks import Masks, mask, num_predictions
 from pipelines.data.pairs import Pairs, Units, couple, cut_pairs, split_long
-from pipelines.data.randomness import draws, key
+from pipelines.data.randomness import Words64, draws, key
 from pipelines.data.sentences import split_sentences
 from pipelines.data.spans import Ints, Tokens, spans, starts
 from pipelines.data.text_config import TextConfig
@@ -38,7 +38,7 @@ class TextRows:
         self.config = config
         self.vocabulary = vocabulary
 
-    def rows(self, documents: Sequence[Document], *, seed: int, epoch: int, order: int) -> pa.Table:
+    def rows(self, documents: Sequence[Document], *, seed: int, order: int) -> pa.Table:
         """Return the rows of a work order, in the order of its documents.
 
         Columns: `input_ids` (masked), `a_length` (tokens through the first [SEP]),
@@ -49,8 +49,7 @@ class TextRows:
         limit = self.config.max_length - 3
         tokens, units, document_start = self._tokenize(documents, limit)
         records = np.array([document.record for document in documents], dtype=np.uint64)
-        document_keys = draws(key(seed, epoch, "cut"), records)
-        pairs = cut_pairs(units, document_start, limit, document_keys)
+        pairs = cut_pairs(units, document_start, limit, _document_keys(documents, seed, "cut"))
         content = np.array([document.content for document in documents], dtype=np.uint64)
         coins = draws(
             key(seed, order, "couple"), np.arange(2 * len(pairs.document), dtype=np.uint64)
@@ -61,9 +60,8 @@ class TextRows:
         fate = np.where(pairs.b_length == 0, ONE_SEGMENT, np.where(label < 0, NO_PARTNER, PAIRED))
         flat, lengths = _join(tokens, pairs, partner, self.vocabulary)
         a_position = pairs.a_start - document_start[pairs.document]
-        row_keys = draws(
-            draws(key(seed, epoch, "mask"), records[pairs.document]), a_position.astype(np.uint64)
-        )
+        mask_keys = _document_keys(documents, seed, "mask")[pairs.document]
+        row_keys = draws(mask_keys, a_position.astype(np.uint64))
         masks = mask(flat, lengths, row_keys, self.vocabulary, self.config)
         b_document = pairs.document[partner]
         return _table(
@@ -125,6 +123,16 @@ class TextRows:
             limit // 2,
         )
         return tokens, units, starts(document_lengths.astype(np.int64))
+
+
+def _document_keys(documents: Sequence[Document], seed: int, op: str) -> Words64:
+    """Return the key of each document for an operation: a new one in each visit."""
+    visits, which = np.unique(
+        np.array([document.visit for document in documents], dtype=np.int64), return_inverse=True
+    )
+    keys = np.array([key(seed, visit, op) for visit in visits.tolist()], dtype=np.uint64)
+    records = np.array([document.record for document in documents], dtype=np.uint64)
+    return draws(keys[which], records)
 
 
 def _join(

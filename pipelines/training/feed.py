@@ -75,6 +75,5 @@ class PlannedDataConfig(DataConfig):
         source: RowSource = ray.get(self._source_ref)
         # A superblock more: the end of a stream is cut raggedly.
         steps = steps_left + start.steps_done + 2 * self._order.steps_per_block
-        first = source.plan.order(start.order)
-        rows_per_order = source.rows_per_order(first)
-        return read_tasks(start, start.row + steps * self._order.rows_per_step, rows_per_order)
+        num_rows = start.row + steps * self._order.rows_per_step
+        return read_tasks(start, num_rows, source.rows_per_order())

@@ -89,7 +89,10 @@ def evaluate(objective: Objective, run: Run) -> Evaluation:
         raise DataError("no document is held out; set --source.heldout-ratio above 0")
     rows = pa.concat_tables(
         # A seed that no run can have: training rows never share a draw with these.
-        [maker.rows(documents, seed=-1, epoch=i, order=i) for i in range(PASSES)]
+        [
+            maker.rows([document._replace(visit=i) for document in documents], seed=-1, order=i)
+            for i in range(PASSES)
+        ]
     ).combine_chunks()
     means, nsp_correct = _measure(objective, maker, rows)
     paired = rows["fate"].to_numpy() == PAIRED

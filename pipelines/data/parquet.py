@@ -1,0 +1,97 @@
+"""Strict reading of one text column of parquet shards, row group by row group.
+
+A record is one value, as the bytes that the column holds. Nothing else of the file is read, and
+of a row group never more at once than a page and a few rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.data.filesystems import open_file
+from pipelines.data.records import Record, Seen, check_expansion
+from pipelines.errors import DataError
+
+BATCH_ROWS = 32
+"""A batch repeats whatever a dictionary holds once, so that few rows bound its memory."""
+_NULL = b"\xff" * 8
+
+
+def row_groups(
+    name: str, column: str, max_expansion: float, seen: Seen
+) -> Iterator[Iterator[Record]]:
+    """Yield the records of each row group of a shard.
+
+    Raises:
+        OSError: If the shard is cut, corrupt, or a bomb; or another of pyarrow's errors.
+        DataError: If it has no such column of strings.
+    """
+    with _open(name, column) as shard:
+        for group in range(shard.num_row_groups):
+            chunks = shard.metadata.row_group(group)
+            for i in range(chunks.num_columns):
+                chunk = chunks.column(i)
+                if chunk.path_in_schema == column:
+                    check_expansion(
+                        chunk.total_uncompressed_size, chunk.total_compressed_size, max_expansion
+                    )
+            yield _rows(shard, group, column, 0, seen)
+
+
+def rows_from(name: str, column: str, first_row: int, seen: Seen) -> Iterator[Record]:
+    """Yield the records from a row to the end of its row group.
+
+    Raises:
+        OSError: If they cannot be read; or another of pyarrow's errors.
+        DataError: If the shard has no such column of strings.
+    """
+    with _open(name, column) as shard:
+        for group in range(shard.num_row_groups):
+            num_rows = shard.metadata.row_group(group).num_rows
+            if first_row < num_rows:
+                yield from _rows(shard, group, column, first_row, seen)
+                return
+            first_row -= num_rows
+
+
+@contextmanager
+def _open(name: str, column: str) -> Iterator[pq.ParquetFile]:
+    with open_file(name) as file:
+        shard = pq.ParquetFile(file, page_checksum_verification=True)
+        schema = shard.schema_arrow
+        index = schema.get_field_index(column)  # -1 also where two have the name
+        if index < 0 or not _is_text(schema.field(index).type):
+            there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            raise DataError(
+                f"{name}: no column {column!r} of strings; it has {there:.500}; "
+                "choose one with --source.text-field"
+            )
+        yield shard
+
+
+def _rows(
+    shard: pq.ParquetFile, group: int, column: str, first_row: int, seen: Seen
+) -> Iterator[Record]:
+    num_rows = 0
+    for batch in shard.iter_batches(
+        batch_size=BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False
+    ):
+        skipped = max(0, first_row - num_rows)
+        num_rows += batch.num_rows
+        # As bytes: pyarrow does not look whether strings are UTF-8.
+        values = batch.column(column).slice(skipped).cast(pa.large_binary())
+        for value in values.to_pylist():
+            # With its length before it, so that no two columns are hashed as the same bytes.
+            seen(_NULL if value is None else len(value).to_bytes(8, "little") + value)
+            yield Record(value, len(value or b""))
+    if num_rows != shard.metadata.row_group(group).num_rows:
+        raise OSError(f"row group {group} holds {num_rows} rows, not what its footer says")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(
+        test(kind) for test in (pa.types.is_string, pa.types.is_large_string)
+    ) or pa.types.is_string_view(kind)
