@@ -49,9 +49,9 @@ def otherwise(key: str) -> RunConfig:
     elif isinstance(value, float):
         candidates = [value + 0.001, value / 2]
     elif isinstance(value, list):
-        candidates = [[*value, "more"]]
+        candidates = [[*value, "more"], [*value, 2.0]]
     else:
-        candidates = ["blank-line", "cpu", f"{value}x"]
+        candidates = ["blank-line", "cpu", "quarantine", f"{value}x"]
     for candidate in candidates:
         try:
             return from_record(tiny(key, candidate))

@@ -104,6 +104,9 @@ def test_t6_every_record_and_byte_has_one_fate(mixed: Mixed) -> None:
     assert sum(entry.bytes for entry in ledger.values()) == mixed.num_bytes
     assert sum(shard.bytes for shard in manifest.shards) == mixed.num_bytes
     assert sum(block.bytes for block in manifest.blocks) == mixed.num_bytes
+    for shard, path in zip(manifest.shards, mixed.paths, strict=True):
+        assert shard.file_bytes == path.stat().st_size
+        assert (shard.bytes == shard.file_bytes) == (path.suffix != ".gz")
     assert ledger["training"].records + ledger["heldout"].records == len(mixed.texts)
     assert manifest.records_where("") == mixed.num_records
     assert sum(block.records for block in manifest.blocks) == mixed.num_records
@@ -182,9 +185,8 @@ def test_block_size_is_a_64th_of_the_corpus_within_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = write_jsonl(tmp_path / "small" / "a.jsonl", [make_text(0, 40)] * 50)
-    assert (
-        build(files(small), SourceConfig(), serial_map).block_bytes == MIN_BLOCK_BYTES == 64 * 1024
-    )
+    made = build(files(small), SourceConfig(), serial_map)
+    assert made.block_bytes == MIN_BLOCK_BYTES == 64 * 1024
     large = write_jsonl(tmp_path / "large" / "a.jsonl", [make_text(0, 40)] * 3000)
     size = large.stat().st_size
     assert build(files(large), SourceConfig(), serial_map).block_bytes == size // BLOCKS_PER_CORPUS
@@ -212,10 +214,8 @@ def test_serial_and_parallel_passes_give_the_same_manifest(mixed: Mixed) -> None
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_pass_of_the_cluster_gives_the_same_manifest_and_the_same_errors(mixed: Mixed) -> None:
-    assert build(files(*mixed.paths), SOURCE, parallel_map) == build(
-        files(*mixed.paths), SOURCE, serial_map
-    )
     listed = files(*mixed.paths)
+    assert build(listed, SOURCE, parallel_map) == build(listed, SOURCE, serial_map)
     mixed.paths[1].unlink()
     with pytest.raises(DataError, match=rf"{mixed.paths[1].name}: cannot be read .*try again"):
         build(listed, SOURCE, parallel_map)
