@@ -1,6 +1,7 @@
 """The stream of global batches: one for any number of workers, from any step on, without a gap."""
 
 import hashlib
+import json
 import threading
 import time
 from collections import Counter
@@ -31,14 +32,16 @@ from pipelines.data.batches import (
     slot_digest,
     steps,
 )
+from pipelines.data.indexing import build
 from pipelines.data.manifest import Document
 from pipelines.data.plan import Cursor, OrderConfig, Plan
+from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.text import TextRows
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.training.checkpoint import START_DIGEST, Commit, CommitLog
 from pipelines.training.feed import Feed, PlannedDataConfig
-from tests.corpus import build_manifest, write_corpus
+from tests.corpus import build_manifest, make_text, serial_map, write_corpus
 
 NUM_STEPS = 12
 START = Cursor()
@@ -470,3 +473,43 @@ def test_the_estimated_rows_of_an_order_are_near_the_true_ones(source: RowSource
     orders = [source.plan.order(number) for number in range(source.plan.orders_per_epoch)]
     mean = np.mean([source.table(order).num_rows for order in orders])
     assert 0.8 * mean < source.rows_per_order() < 1.25 * mean
+
+
+def test_the_estimate_is_fair_to_sources_of_other_density_and_weight(
+    tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    """Half the bytes give hardly a row: the first blocks of one order would tell only of some."""
+    folders = [tmp_path / name for name in ("dense", "sparse", "txt")]
+    for folder in folders[:2]:
+        write_corpus(folder, num_documents=40, num_shards=4, num_sentences=10)
+    for path in folders[1].iterdir():
+        lines = [json.dumps(json.loads(line) | {"skin": "x" * 9000}) for line in path.open()]
+        path.write_text("\n".join(lines[:5]))
+    folders[2].mkdir()
+    for i in range(6):
+        (folders[2] / f"{i}.txt").write_text(make_text(i, 60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.data.indexing.MIN_BLOCK_BYTES", 2000)
+        files = find_shards([str(folder) for folder in folders], separate=True)
+        manifest = build(files, SourceConfig(heldout_ratio=0), serial_map)
+    maker = TextRows(TextConfig(max_length=32), vocabulary)
+    for weights in ((1.0, 1.0, 1.0), (0.25, 3.0, 1.0), (4.0, 0.5, 0.2)):
+        source = RowSource(Plan(manifest, 0, 3, weights), maker)
+        orders = [source.plan.order(i) for i in range(4 * source.plan.orders_per_epoch)]
+        mean = np.mean([source.table(order).num_rows for order in orders])
+        assert 0.8 * mean < source.rows_per_order() < 1.25 * mean
+
+
+def test_a_block_used_twice_in_an_epoch_is_cut_and_masked_anew(
+    tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    paths = write_corpus(tmp_path, num_documents=12, num_shards=2, num_sentences=10)
+    manifest = build_manifest(paths, block_bytes=1500)
+    maker = TextRows(TextConfig(max_length=32), vocabulary)
+    source = RowSource(Plan(manifest, 0, 100, (2.0,)), maker)
+    order = source.plan.order(0)
+    assert {visit for _, visit in order.blocks} == {0, 1}
+    rows = source.table(order).select(["a_record", "a_position", "input_ids"]).to_pylist()
+    places = Counter((row["a_record"], row["a_position"]) for row in rows)
+    assert set(places.values()) == {1, 2}  # some cuts moved, and where none did, the masks have
+    assert len({str(row) for row in rows}) > 0.95 * len(rows)

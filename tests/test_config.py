@@ -136,6 +136,9 @@ def test_a_wrong_type_is_refused_by_name(key: str, value: object) -> None:
         ("name", ".index", r"name '\.index': use letters"),
         ("workers", 0, r"workers must be in 1\.\.4, the slots of this recipe, got 0"),
         ("workers", 5, r"got 5; more workers need more --order\.slots"),
+        ("weights", [1.0, 0.0], r"weights must be above 0, got \(1\.0, 0\.0\)"),
+        ("weights", [-1.0], r"weights must be above 0"),
+        ("weights", [float("inf")], r"weights must be above 0"),
         ("text.max_length", 64, r"64 is more than the encoder's 32; raise --objective\.encoder"),
     ],
 )
@@ -156,6 +159,13 @@ def test_what_is_free_to_change_cannot_change_a_batch_or_a_step() -> None:
     assert set(KEYS) >= FREE_TO_CHANGE
     assert not {key.partition(".")[0] for key in KEYS if "." in key} & FREE_TO_CHANGE
     assert not {"recipe", "seed", "steps", "threads_per_worker"} & FREE_TO_CHANGE
+
+
+def test_each_pattern_has_a_weight_or_none_has() -> None:
+    record = tiny("data", ["a", "b"])
+    assert from_record(record | {"weights": [2.0, 0.5]}).weights == (2.0, 0.5)
+    with pytest.raises(DataError, match="3 weights for 2 patterns of --data"):
+        from_record(record | {"weights": [2.0, 0.5, 1.0]})
 
 
 def test_every_change_is_named() -> None:

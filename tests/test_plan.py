@@ -1,6 +1,7 @@
 """Work orders: every block once an epoch, in an order that only (manifest, seed) decides."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 
 import pytest
@@ -8,19 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.manifest import Block, Manifest, Shard
-from pipelines.data.plan import OrderConfig, Plan, WorkOrder
+from pipelines.data.plan import BlockVisit, OrderConfig, Plan, WorkOrder
 from pipelines.data.shards import SourceConfig
 
 
-def make_manifest(blocks_per_shard: list[int], idle: frozenset[int] = frozenset()) -> Manifest:
+def make_manifest(
+    blocks_per_shard: list[int],
+    idle: frozenset[int] = frozenset(),
+    source_of: Sequence[int] | None = None,
+) -> Manifest:
     """Return a manifest with so many blocks a shard; `idle` ones hold nothing for training."""
+    sources = source_of or [0] * len(blocks_per_shard)
     shard_of = [shard for shard, count in enumerate(blocks_per_shard) for _ in range(count)]
     return Manifest(
         root="",
         source=SourceConfig(),
         block_bytes=1,
         shards=tuple(
-            Shard(path=f"{i}", bytes=n, file_bytes=n, form="jsonl")
+            Shard(path=f"{i}", bytes=n, file_bytes=n, form="jsonl", source=sources[i])
             for i, n in enumerate(blocks_per_shard)
         ),
         blocks=tuple(
@@ -144,6 +150,85 @@ def test_rows_have_an_order_of_their_own_in_every_work_order_and_seed() -> None:
     ]
     assert len(set(found)) == 6
     assert all(sorted(rows) == list(range(50)) for rows in found)
+
+
+# Sources with weights
+
+weighted = st.lists(
+    st.tuples(st.integers(1, 9), st.floats(0.05, 4.0)), min_size=1, max_size=4
+)  # blocks and weight of each source
+
+
+def weighted_plan(sources: list[tuple[int, float]], seed: int = 0) -> Plan:
+    """Return a plan over sources of two shards each, which have so many blocks."""
+    shape = [part for blocks, _ in sources for part in (blocks // 2, blocks - blocks // 2)]
+    source_of = [source for source in range(len(sources)) for _ in range(2)]
+    weights = tuple(weight for _, weight in sources)
+    return Plan(make_manifest(shape, source_of=source_of), seed, 3, weights)
+
+
+def visits_of(plan: Plan, epoch: int) -> list[BlockVisit]:
+    first = epoch * plan.orders_per_epoch
+    return [v for i in range(plan.orders_per_epoch) for v in plan.order(first + i).blocks]
+
+
+@given(sources=weighted, seed=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_takes_the_share_of_a_source_and_every_pass_each_block_once(
+    sources: list[tuple[int, float]], seed: int
+) -> None:
+    plan = weighted_plan(sources, seed)
+    source_of = [plan.manifest.shards[block.shard].source for block in plan.manifest.blocks]
+    passes: list[Counter[BlockVisit]] = [Counter() for _ in sources]
+    num_epochs = 7
+    for epoch in range(num_epochs):
+        visits = visits_of(plan, epoch)
+        for source, (num_blocks, weight) in enumerate(sources):
+            mine = [visit for visit in visits if source_of[visit.block] == source]
+            assert len(mine) == max(1, round(weight * num_blocks))
+            passes[source].update(mine)
+    for source, (num_blocks, weight) in enumerate(sources):
+        whole, rest = divmod(num_epochs * max(1, round(weight * num_blocks)), num_blocks)
+        assert set(passes[source].values()) == {1}
+        in_pass = Counter(visit for _, visit in passes[source])
+        assert in_pass == Counter(dict.fromkeys(range(whole), num_blocks)) + Counter({whole: rest})
+
+
+def test_a_weight_of_one_is_no_weight() -> None:
+    plan = weighted_plan([(5, 1.0), (4, 1.0), (7, 1.0)])
+    shape = [len([b for b in plan.manifest.blocks if b.shard == i]) for i in range(6)]
+    plain = Plan(make_manifest(shape), 0, 3)
+    for epoch in range(3):
+        assert visits_of(plan, epoch) == visits_of(plain, epoch)
+        assert {visit for _, visit in visits_of(plain, epoch)} == {epoch}
+
+
+def test_passes_and_seeds_have_orders_of_their_own() -> None:
+    found = {
+        tuple(block for block, visit in visits_of(weighted_plan([(9, 4.0)], seed), 0) if visit == v)
+        for seed in (0, 1)
+        for v in range(4)
+    }
+    assert len(found) == 8
+
+
+def test_half_a_source_is_its_other_half_in_the_next_epoch() -> None:
+    plan = weighted_plan([(20, 0.5), (8, 1.0)])
+    halves = [{v.block for v in visits_of(plan, epoch) if v.block < 20} for epoch in range(4)]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(20))
+    assert halves[0] != halves[2]
+
+
+def test_golden_weighted_orders_hold_for_ever() -> None:
+    plan = weighted_plan([(4, 1.5), (3, 0.5)])
+    assert [[tuple(visit) for visit in plan.order(i).blocks] for i in range(6)] == [
+        [(2, 1), (1, 0)],
+        [(2, 0), (4, 0), (0, 1)],
+        [(3, 0), (0, 0), (5, 0)],
+        [(0, 2), (2, 2)],
+        [(1, 2), (3, 1), (4, 1)],
+        [(1, 1), (6, 0), (3, 2)],
+    ]
 
 
 def test_an_order_config_divides_a_step_into_slots() -> None:

@@ -202,9 +202,10 @@ def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
     """Return whether a path matches a glob; as in a shell, `*` hides what starts with a dot."""
     if not wanted:
         return not parts
+    shown = bool(parts) and not parts[0].startswith(".")
     if wanted[0] == "**":
-        return any(_matches(parts[i:], wanted[1:]) for i in range(len(parts) + 1))
-    if not parts or (parts[0].startswith(".") and not wanted[0].startswith(".")):
+        return _matches(parts, wanted[1:]) or (shown and _matches(parts[1:], wanted))
+    if not parts or not (shown or wanted[0].startswith(".")):
         return False
     return fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
 

@@ -14,7 +14,7 @@ from pipelines.data.filesystems import open_file
 from pipelines.data.records import Record, Seen, check_expansion
 from pipelines.errors import DataError
 
-BATCH_ROWS = 32
+BATCH_ROWS = 8
 """A batch repeats whatever a dictionary holds once, so that few rows bound its memory."""
 _NULL = b"\xff" * 8
 
@@ -28,16 +28,20 @@ def row_groups(
         OSError: If the shard is cut, corrupt, or a bomb; or another of pyarrow's errors.
         DataError: If it has no such column of strings.
     """
-    with _open(name, column) as shard:
+    total = 0
+    with _open(name, column) as (shard, file_bytes):
+
+        def counted(data: bytes) -> None:
+            nonlocal total
+            total += len(data)
+            check_expansion(total, file_bytes, max_expansion)
+            seen(data)
+
         for group in range(shard.num_row_groups):
-            chunks = shard.metadata.row_group(group)
-            for i in range(chunks.num_columns):
-                chunk = chunks.column(i)
-                if chunk.path_in_schema == column:
-                    check_expansion(
-                        chunk.total_uncompressed_size, chunk.total_compressed_size, max_expansion
-                    )
-            yield _rows(shard, group, column, 0, seen)
+            # Of what a page holds packed, and of what a dictionary is said to repeat.
+            packed, unpacked = _sizes(shard.metadata.row_group(group), column)
+            check_expansion(unpacked, packed, max_expansion)
+            yield _rows(shard, group, column, 0, counted)
 
 
 def rows_from(name: str, column: str, first_row: int, seen: Seen) -> Iterator[Record]:
@@ -47,7 +51,7 @@ def rows_from(name: str, column: str, first_row: int, seen: Seen) -> Iterator[Re
         OSError: If they cannot be read; or another of pyarrow's errors.
         DataError: If the shard has no such column of strings.
     """
-    with _open(name, column) as shard:
+    with _open(name, column) as (shard, _):
         for group in range(shard.num_row_groups):
             num_rows = shard.metadata.row_group(group).num_rows
             if first_row < num_rows:
@@ -57,7 +61,8 @@ def rows_from(name: str, column: str, first_row: int, seen: Seen) -> Iterator[Re
 
 
 @contextmanager
-def _open(name: str, column: str) -> Iterator[pq.ParquetFile]:
+def _open(name: str, column: str) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """Open a shard that has such a column of strings; the second is its size in bytes."""
     with open_file(name) as file:
         shard = pq.ParquetFile(file, page_checksum_verification=True)
         schema = shard.schema_arrow
@@ -68,7 +73,13 @@ def _open(name: str, column: str) -> Iterator[pq.ParquetFile]:
                 f"{name}: no column {column!r} of strings; it has {there:.500}; "
                 "choose one with --source.text-field"
             )
-        yield shard
+        yield shard, file.size()
+
+
+def _sizes(group: pq.RowGroupMetaData, column: str) -> tuple[int, int]:
+    chunks = (group.column(i) for i in range(group.num_columns))
+    (chunk,) = (chunk for chunk in chunks if chunk.path_in_schema == column)
+    return chunk.total_compressed_size, chunk.total_uncompressed_size
 
 
 def _rows(
@@ -92,6 +103,4 @@ def _rows(
 
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        test(kind) for test in (pa.types.is_string, pa.types.is_large_string)
-    ) or pa.types.is_string_view(kind)
+    return kind in (pa.string(), pa.large_string(), pa.string_view())

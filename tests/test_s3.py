@@ -1,0 +1,182 @@
+"""The same corpus on a real S3 server and on disk: one fingerprint, the same rows, clear errors."""
+
+import gzip
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines.data.batches import RowSource
+from pipelines.data.gate import check
+from pipelines.data.indexing import build
+from pipelines.data.manifest import Manifest
+from pipelines.data.plan import Plan
+from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.data.text import TextRows
+from pipelines.data.text_config import TextConfig
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.errors import DataError, UserError
+from tests.command import command
+from tests.corpus import make_text, serial_map
+
+SOURCE = SourceConfig(txt_documents="blank-line", heldout_ratio=0.2)
+
+
+class Store(NamedTuple):
+    """A bucket, and the folder that holds the same files."""
+
+    client: Any
+    options: str
+    folder: Path
+
+    def uri(self, path: str) -> str:
+        """Return the URI of a path in the bucket."""
+        return f"s3://shards/{path}{self.options}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Run an S3 server on loopback with credentials of its own; return its address."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    started = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    started.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        host, port = started.get_host_and_port()
+        yield f"{host}:{port}"
+    started.stop()
+
+
+@pytest.fixture
+def store(server: str, tmp_path: Path) -> Store:
+    """Return a bucket with shards of every form, with odd names, and the same on disk."""
+    folder = tmp_path / "disk"
+    lines = [json.dumps({"text": make_text(i, 20)}) + "\n" for i in range(60)]
+    files = {
+        "a.jsonl": "".join(lines[:20]).encode(),
+        "deep er/b#1%20+&=.jsonl.gz": gzip.compress("".join(lines[20:40]).encode()),
+        "deep er/[c]?.jsonl.zst": bytes(pa.Codec("zstd").compress("".join(lines[40:]).encode())),
+        "d.txt": "\n\n".join(make_text(i, 9) for i in range(60, 80)).encode(),
+        "_SUCCESS": b"",
+    }
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    texts = [make_text(i, 9) for i in range(80, 120)]
+    pq.write_table(pa.table({"text": texts}), folder / "e.parquet", row_group_size=15)
+    client = boto3.client("s3", endpoint_url=f"http://{server}", region_name="us-east-1")
+    client.create_bucket(Bucket="shards")
+    for path in folder.rglob("*.*"):
+        client.upload_file(path, "shards", f"corpus/{path.relative_to(folder)}")
+    client.put_object(Bucket="shards", Key="corpus/_SUCCESS", Body=b"")
+    return Store(client, f"?endpoint_override={server}&scheme=http&region=us-east-1", folder)
+
+
+def manifest_of(pattern: str) -> Manifest:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.data.indexing.MIN_BLOCK_BYTES", 4000)
+        return build(find_shards([pattern]), SOURCE, serial_map)
+
+
+def test_a_corpus_has_the_same_fingerprint_and_rows_on_s3_as_on_disk(
+    store: Store, vocabulary: Vocabulary
+) -> None:
+    remote, local = manifest_of(store.uri("corpus")), manifest_of(str(store.folder))
+    assert remote.root == store.uri("corpus")
+    assert remote.fingerprint == local.fingerprint
+    assert len(remote.shards) == 5
+    check(remote)
+    maker = TextRows(TextConfig(max_length=32), vocabulary)
+    plans = [Plan(manifest, 0, 6) for manifest in (remote, local)]
+    for number in range(plans[0].orders_per_epoch):
+        rows = [RowSource(plan, maker).table(plan.order(number)) for plan in plans]
+        assert rows[0].equals(rows[1])
+        assert rows[0].num_rows > 10
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "*.jsonl", "?.*", "**/*.jsonl*", "deep er/*", "deep er/[[]c]?.jsonl.zst", "[ad].*", "*"],
+)
+def test_patterns_name_the_same_shards_on_s3_as_on_disk(store: Store, pattern: str) -> None:
+    (store.folder / "_SUCCESS").unlink()
+    store.client.delete_object(Bucket="shards", Key="corpus/_SUCCESS")
+    remote = find_shards([store.uri(f"corpus/{pattern}")])
+    local = find_shards([str(store.folder / pattern)])
+    root = str(store.folder)
+    named = {file.name.removeprefix(root): file.bytes for file in local}
+    prefix = "s3://shards/corpus"
+    assert named == {
+        file.name.removeprefix(prefix).removesuffix(store.options): file.bytes for file in remote
+    }
+    assert named
+    assert all(file.mtime_ns for file in remote)
+
+
+def test_a_vanished_or_changed_object_is_refused_by_name(store: Store) -> None:
+    manifest = manifest_of(store.uri("corpus/*.jsonl"))
+    store.client.put_object(
+        Bucket="shards", Key="corpus/a.jsonl", Body=(store.folder / "a.jsonl").read_bytes()[::-1]
+    )
+    with pytest.raises(DataError, match=r"^s3://shards/corpus/a\.jsonl\?.*: changed since it was"):
+        manifest.read(0, "training")
+    store.client.delete_object(Bucket="shards", Key="corpus/a.jsonl")
+    with pytest.raises(DataError, match=r"^s3://shards/corpus/a\.jsonl\?.*: cannot be read any"):
+        manifest.read(0, "training")
+
+
+def test_a_cut_object_is_a_cut_shard_and_a_vanished_one_is_not(store: Store) -> None:
+    store.client.put_object(Bucket="shards", Key="cut/a.jsonl.gz", Body=gzip.compress(b"a")[:-1])
+    manifest = manifest_of(store.uri("cut"))
+    assert manifest.quarantined[0].detail == "Truncated compressed stream"
+    files = find_shards([store.uri("cut")])
+    store.client.delete_object(Bucket="shards", Key="cut/a.jsonl.gz")
+    with pytest.raises(DataError, match=r"cut/a\.jsonl\.gz\?.*: cannot be read \("):
+        build(files, SOURCE, serial_map)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("s3://other", "no shards match|cannot list s3://other"),
+        ("s3://other/*.txt", "no shards match|cannot list s3://other"),
+        ("s3://shards/none", "no shards match"),
+        ("s3://shards/none/*.txt", "no shards match"),
+    ],
+)
+def test_a_wrong_bucket_or_key_is_one_line(store: Store, name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        find_shards([f"{name}{store.options}"])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_dead_server_is_one_line(server: str) -> None:
+    del server  # for its credentials
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        with pytest.raises(UserError, match=r"cannot list s3://b/a\.txt.*connect.*credentials"):
+            find_shards([f"s3://b/a.txt?endpoint_override=127.0.0.1:{port}&scheme=http"])
+
+
+@pytest.mark.slow
+def test_tasks_of_ray_read_the_same_uri(store: Store, tmp_path: Path) -> None:
+    uri = store.uri("corpus")
+    with command(tmp_path, "index", uri, "--source.txt-documents", "blank-line", "--json") as run:
+        assert run.wait() == 0, run.err
+        account = json.loads(run.out[-1])
+    local = build(
+        find_shards([str(store.folder)]), SourceConfig(txt_documents="blank-line"), serial_map
+    )
+    assert account["fingerprint"] == local.fingerprint
