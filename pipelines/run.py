@@ -188,11 +188,14 @@ def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
 
 def _refuse_single_document(config: RunConfig, manifest: Manifest) -> None:
     documents = manifest.records_where("training")
-    if documents < 2 and config.objective.nsp_coefficient > 0:
+    pairing = config.text.pairing
+    if documents < 2 and pairing != "sentence-order" and config.objective.nsp_coefficient > 0:
         raise DataError(
-            f"{documents} document for training: next sentence prediction needs a second one to "
-            "take NotNext segments from; add documents, separate them with --source.txt-documents "
-            "blank-line, or train on masked tokens alone with --objective.nsp-coefficient 0"
+            f"{documents} document for training: next sentence prediction ({pairing} pairing) "
+            "needs a second one to take NotNext segments from; add documents, separate them with "
+            "--source.txt-documents blank-line, tell the order of sentences instead with "
+            "--text.pairing sentence-order, or train on masked tokens alone with "
+            "--objective.nsp-coefficient 0"
         )
 
 

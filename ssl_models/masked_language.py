@@ -3,8 +3,8 @@
 Shapes: B rows, L length, P predictions, D hidden size, V vocabulary. Besides the encoder's keys a
 batch holds `masked_positions` int64 (B, P), the column of each prediction, 0 where there is none;
 `masked_ids` int64 (B, P), the true id, -100 where there is no prediction; and `nsp_labels`
-int64 (B,), 0 where B follows A (IsNext), 1 where it does not (NotNext), -100 where there is no
-label. `input_ids` are masked already: nothing here is random but dropout.
+int64 (B,), 0 where B follows A (IsNext), 1 where it does not (NotNext, or the two are swapped),
+-100 where there is no label. `input_ids` are masked already: nothing is random but dropout.
 """
 
 import math

@@ -50,8 +50,10 @@ def otherwise(key: str) -> RunConfig:
         candidates = [value + 0.001, value / 2]
     elif isinstance(value, list):
         candidates = [[*value, "more"], [*value, 2.0]]
+    elif value is None:
+        candidates = [0.5]
     else:
-        candidates = ["blank-line", "cpu", "quarantine", f"{value}x"]
+        candidates = ["blank-line", "cpu", "quarantine", "sentence-order", f"{value}x"]
     for candidate in candidates:
         try:
             return from_record(tiny(key, candidate))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipelines.data.text import PAIRED, TextRows
+from pipelines.data.text import IGNORED, TextRows
 from pipelines.errors import DataError
 from pipelines.run import Run
 from ssl_models.masked_language import MaskedLanguage
@@ -95,7 +95,7 @@ def evaluate(objective: Objective, run: Run) -> Evaluation:
         ]
     ).combine_chunks()
     means, nsp_correct = _measure(objective, maker, rows)
-    paired = rows["fate"].to_numpy() == PAIRED
+    paired = rows["nsp_label"].to_numpy() != IGNORED
     labels, records = (rows[name].to_numpy()[paired] for name in ("nsp_label", "a_record"))
     low, high = _bootstrap(nsp_correct[paired], records)
     training = pa.concat_tables(
@@ -104,7 +104,9 @@ def evaluate(objective: Objective, run: Run) -> Evaluation:
             for number in range(min(TRAINING_ORDERS, source.plan.orders_per_epoch))
         ]
     )
-    by_length = _length_classifier(training.filter(pa.compute.equal(training["fate"], PAIRED)))
+    by_length = _length_classifier(
+        training.filter(pa.compute.not_equal(training["nsp_label"], IGNORED))
+    )
     return Evaluation(
         documents=len(documents),
         mlm_loss=means["mlm_loss"],
