@@ -144,9 +144,10 @@ def hand_over(
         "git_commit": git_commit(),
     }
     if not folder.exists():
+        record = to_record(run.config)
         write_bundle(
             folder,
-            config={"objective": to_record(run.config)["objective"], "recipe": run.config.recipe},
+            config={name: record[name] for name in ("objective", "text", "recipe")},
             state=state,
             tokenizer_json=run.vocabulary.json,
             lineage=lineage,

@@ -177,6 +177,13 @@ def test_the_registered_version_knows_where_it_comes_from(finished: Finished) ->
     assert lineage["steps"] == finished.config.steps
 
 
+def test_the_candidate_knows_how_its_rows_were_made(finished: Finished) -> None:
+    encoder = load_encoder("models:/topics@candidate", finished.config.tracking_uri)
+    record = to_record(load_run(finished.dir).config)
+    assert encoder.config["text"] == record["text"]
+    assert encoder.config["objective"] == record["objective"]
+
+
 def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
     assert finished.again == finished.account
     assert "all 20 steps have been made" in finished.said_again
