@@ -35,6 +35,9 @@ class RunConfig:
     """CPU threads of one worker; fixed, so that a resumed run adds numbers in the same order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes GPUs if the cluster has one for each worker; cuda computes in bfloat16."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at each start, then faster steps. It rounds
+    otherwise and draws other dropout masks, so a run keeps to what it was started with."""
     seed: int = 0
     checkpoint_every: int = 100
     """Steps between commits; what is lost at most when everything dies."""

@@ -123,6 +123,8 @@ def build_learner(config: RunConfig, device: torch.device) -> Learner:
     torch.set_num_threads(config.threads_per_worker)
     torch.manual_seed(key(config.seed, "weights") >> 1)
     objective = build_objective(config.objective).to(device)
+    if config.compile:
+        objective.compile(dynamic=False)  # in place: checkpoints keep their names
     return Learner(
         config,
         device,
