@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from pipelines.errors import UserError, nearest
-from pipelines.verbs import Evaluate, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs import Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
 
 INTERRUPTED = 130
 
@@ -23,6 +23,7 @@ VERBS: dict[str, Any] = {
     "pretrain": None,
     "evaluate": Evaluate,
     "fill-mask": FillMask,
+    "export": Export,
     "verify": Verify,
 }
 
@@ -34,6 +35,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   pretrain   pretrain an encoder on raw shards, evaluate and register it
   evaluate   measure a run on its held-out documents
   fill-mask  show what an encoder puts in the place of [MASK]
+  export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed
 
 rayssl VERB --help tells more. --json prints one JSON object as the last line.
