@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -186,6 +187,19 @@ def test_its_tokenizer_gives_our_ids_and_knows_control_tokens(
     assert tokenizer.mask_token_id == vocabulary.mask
     assert tokenizer.pad_token_id == vocabulary.pad
     assert tokenizer.model_max_length == LONGEST_ROW
+
+
+def test_those_who_read_its_files_alone_get_the_same_ids(bundle: Path, exported: Path) -> None:
+    vocabulary = load_encoder(str(bundle)).vocabulary
+    read = Tokenizer.from_file(str(exported / "tokenizer.json"))
+    for text, ids in zip(TEXTS, vocabulary.encode(TEXTS), strict=True):
+        assert read.encode(text).ids == [vocabulary.cls, *ids.tolist(), vocabulary.sep]
+    pair = read.encode("the captain", "a [MASK]")
+    assert pair.tokens == ["[CLS]", "the", "captain", "[SEP]", "a", "[MASK]", "[SEP]"]
+    assert pair.type_ids == [0, 0, 0, 0, 1, 1, 1]
+    assert read.decode(pair.ids) == "the captain a"
+    pieces = (exported / "vocab.txt").read_text().splitlines()
+    assert {piece: number for number, piece in enumerate(pieces)} == read.get_vocab()
 
 
 def test_a_cased_vocabulary_keeps_its_case(tmp_path: Path, foreign: Path) -> None:
