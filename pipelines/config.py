@@ -1,7 +1,7 @@
 """The record of a run: every number that decides what it does, in one frozen value."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -45,6 +45,9 @@ class RunConfig:
     """Steps between logged metrics."""
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
+    init_from: str = ""
+    """An encoder whose weights and vocabulary the run starts with: models:/NAME@ALIAS, or the
+    folder of a bundle, a finished run or a BERT of transformers; drawn anew without."""
     vocabulary_file: str = ""
     """A tokenizer.json to use; without one, a vocabulary is trained on the training split."""
     register: str = "rayssl-text"
@@ -104,6 +107,12 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 """Fields that a resumed run may change. The data is held by its fingerprint, not by its path."""
+
+
+def with_vocab_size(config: RunConfig, size: int) -> RunConfig:
+    """Return the config with an encoder of so many token ids."""
+    encoder = replace(config.objective.encoder, vocab_size=size)
+    return replace(config, objective=replace(config.objective, encoder=encoder))
 
 
 def to_record(config: RunConfig) -> dict[str, Any]:

@@ -140,6 +140,7 @@ def hand_over(
         "fingerprint": run.manifest.fingerprint,
         "seed": run.config.seed,
         "steps": run.config.steps,
+        "started_from": run.started_from,
         "mlflow_run": run_id,
         "git_commit": git_commit(),
     }

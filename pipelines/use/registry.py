@@ -157,6 +157,18 @@ def _build(
     return Encoder(config, state, vocabulary, objective.eval(), tuple(fresh))
 
 
+def pin(uri: str, tracking_uri: str) -> str:
+    """Return `models:/NAME/VERSION` for what an alias names now; a folder as it is.
+
+    Raises:
+        BundleError: If there is no such model.
+    """
+    if not uri.startswith("models:"):
+        return uri
+    version = _find_version(uri, tracking_uri)
+    return f"models:/{version.name}/{version.version}"
+
+
 def resolve(uri: str, tracking_uri: str) -> Path:
     """Return a verified local bundle directory; an alias is looked up once.
 
@@ -170,14 +182,8 @@ def resolve(uri: str, tracking_uri: str) -> Path:
         directory = path / "bundle" if (path / "run.json").exists() else path
         verify_bundle(directory)
         return directory
-    match = MODEL_URI.fullmatch(uri)
-    if match is None:
-        raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
-    database = sqlite_path(tracking_uri)
-    if database is not None and not database.exists():
-        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
+    version = _find_version(uri, tracking_uri)
     client = open_client(tracking_uri)
-    version = _find_version(client, uri, *match.groups())
     root = _download(client, version.name, version.version, tracking_uri)
     _refuse_code(root, uri)
     verify_bundle(root / BUNDLE_FOLDER)
@@ -188,9 +194,17 @@ def resolve(uri: str, tracking_uri: str) -> Path:
     return root / BUNDLE_FOLDER
 
 
-def _find_version(client: Any, uri: str, name: str, alias: str | None, number: str | None) -> Any:
+def _find_version(uri: str, tracking_uri: str) -> Any:
     from mlflow.exceptions import MlflowException
 
+    match = MODEL_URI.fullmatch(uri)
+    if match is None:
+        raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
+    client = open_client(tracking_uri)
+    name, alias, number = match.groups()
     try:
         if alias is None:
             return client.get_model_version(name, number)
