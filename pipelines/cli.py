@@ -88,7 +88,7 @@ def _pretrain(arguments: list[str]) -> dict[str, Any]:
     if not arguments or arguments[0].startswith("-"):
         print("usage: rayssl pretrain RECIPE --data PATTERNS... [--name NAME] [flags]\n")
         for name, make in RECIPES.items():
-            print(f"  {name:12} {make.__doc__}")
+            print(f"  {name:14} {str(make.__doc__).splitlines()[0]}")
         print("\nrayssl pretrain RECIPE --help lists every flag and its value in that recipe.")
         raise SystemExit(0 if arguments else 2)
     name, *flags = arguments
