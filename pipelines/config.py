@@ -36,8 +36,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes GPUs if the cluster has one for each worker; cuda computes in bfloat16."""
     compile: bool = False
-    """Compile the model with torch.compile: minutes at each start, then faster steps. It rounds
-    otherwise and draws other dropout masks, so a run keeps to what it was started with."""
+    """Compile the model with torch.compile, up to minutes at each start. It rounds otherwise and
+    draws other dropout masks, so a run keeps to what it was started with."""
     seed: int = 0
     checkpoint_every: int = 100
     """Steps between commits; what is lost at most when everything dies."""

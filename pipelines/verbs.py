@@ -135,7 +135,8 @@ class FillMask:
     """Show what an encoder puts in the place of each [MASK] of a text."""
 
     model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a bundle, of a finished run or of
+    a BERT of transformers."""
     text: tyro.conf.Positional[str]
     """A text with [MASK] in it."""
     top: int = 5

@@ -31,13 +31,15 @@ def export(encoder: Encoder, directory: Path) -> None:
     """Write a folder that transformers and sentence-transformers load; it appears complete.
 
     Raises:
-        UserError: If there is something at the folder's place, the encoder has a head that was
-            not trained, or BertTokenizer would split text otherwise than its vocabulary does.
+        UserError: If there is something at the folder's place, the encoder is no BERT or has a
+            head that was not trained, or BertTokenizer would split text otherwise than its
+            vocabulary does.
     """
     if encoder.fresh:
         raise UserError(f"the model came without {encoder.fresh[0]}: there is nothing to export")
     objective, vocabulary = encoder.objective, encoder.vocabulary
-    assert isinstance(objective, MaskedLanguage)
+    if not isinstance(objective, MaskedLanguage):
+        raise UserError(f"{type(objective).__name__} is no BERT: only text encoders are exported")
     bert = objective.encoder.config
     if directory.exists():
         raise UserError(f"{directory} exists: name a folder that does not, or remove it")
