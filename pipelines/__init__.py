@@ -14,6 +14,7 @@
     training/tracking.py    metrics -> spool -> MLflow, without waiting and without loss
     use/evaluate.py         held-out documents -> figures beside what they have to beat
     use/registry.py         bundle -> registered model -> `load_encoder`
+    use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back
 
 `pretrain.py` runs these stages, `use/verify.py` makes the batches anew and compares, and `cli.py`
 is the command. Raw data and everything random are addressed, so all of it can be repeated.

@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from pipelines.errors import UserError, nearest
-from pipelines.verbs import Evaluate, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs import Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
 
 INTERRUPTED = 130
 
@@ -23,6 +23,7 @@ VERBS: dict[str, Any] = {
     "pretrain": None,
     "evaluate": Evaluate,
     "fill-mask": FillMask,
+    "export": Export,
     "verify": Verify,
 }
 
@@ -34,6 +35,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   pretrain   pretrain an encoder on raw shards, evaluate and register it
   evaluate   measure a run on its held-out documents
   fill-mask  show what an encoder puts in the place of [MASK]
+  export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed
 
 rayssl VERB --help tells more. --json prints one JSON object as the last line.
@@ -86,7 +88,7 @@ def _pretrain(arguments: list[str]) -> dict[str, Any]:
     if not arguments or arguments[0].startswith("-"):
         print("usage: rayssl pretrain RECIPE --data PATTERNS... [--name NAME] [flags]\n")
         for name, make in RECIPES.items():
-            print(f"  {name:12} {make.__doc__}")
+            print(f"  {name:14} {str(make.__doc__).splitlines()[0]}")
         print("\nrayssl pretrain RECIPE --help lists every flag and its value in that recipe.")
         raise SystemExit(0 if arguments else 2)
     name, *flags = arguments

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -41,6 +41,9 @@ class RunConfig:
     """CPU threads of one worker; fixed, so that a resumed run adds numbers in the same order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes GPUs if the cluster has one for each worker; cuda computes in bfloat16."""
+    compile: bool = False
+    """Compile the model with torch.compile, up to minutes at each start. It rounds otherwise and
+    draws other dropout masks, so a run keeps to what it was started with."""
     seed: int = 0
     checkpoint_every: int = 100
     """Steps between commits; what is lost at most when everything dies."""
@@ -48,6 +51,9 @@ class RunConfig:
     """Steps between logged metrics."""
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
+    init_from: str = ""
+    """An encoder whose weights and vocabulary the run starts with: models:/NAME@ALIAS, or the
+    folder of a bundle, a finished run or a BERT of transformers; drawn anew without."""
     vocabulary_file: str = ""
     """A tokenizer.json to use; without one, a vocabulary is trained on the training split."""
     register: str = "rayssl-text"
@@ -115,6 +121,12 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 """Fields that a resumed run may change. The data is held by its fingerprint, not by its path."""
+
+
+def with_vocab_size(config: RunConfig, size: int) -> RunConfig:
+    """Return the config with an encoder of so many token ids."""
+    encoder = replace(config.objective.encoder, vocab_size=size)
+    return replace(config, objective=replace(config.objective, encoder=encoder))
 
 
 def to_record(config: RunConfig) -> dict[str, Any]:

@@ -140,13 +140,15 @@ def hand_over(
         "fingerprint": run.manifest.fingerprint,
         "seed": run.config.seed,
         "steps": run.config.steps,
+        "started_from": run.started_from,
         "mlflow_run": run_id,
         "git_commit": git_commit(),
     }
     if not folder.exists():
+        record = to_record(run.config)
         write_bundle(
             folder,
-            config={"objective": to_record(run.config)["objective"], "recipe": run.config.recipe},
+            config={name: record[name] for name in ("objective", "text", "recipe")},
             state=state,
             tokenizer_json=run.vocabulary.json,
             lineage=lineage,

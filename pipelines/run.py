@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.cluster import parallel_map
-from pipelines.config import RunConfig, changed, from_record, to_record
+from pipelines.config import RunConfig, changed, from_record, to_record, with_vocab_size
 from pipelines.data.batches import RowSource
 from pipelines.data.filesystems import File, join
 from pipelines.data.gate import check
@@ -22,6 +22,7 @@ from pipelines.data.vocabulary import Vocabulary, load_vocabulary, train_vocabul
 from pipelines.errors import DataError, UserError, nearest
 from pipelines.storage import sha256_of, write_json, write_text
 from pipelines.training.checkpoint import CommitLog
+from pipelines.training.start import commit_start, load_start
 
 FORMAT_VERSION = 1
 
@@ -36,6 +37,9 @@ class Run:
     config: RunConfig
     manifest: Manifest
     vocabulary: Vocabulary
+    started_from: str = ""
+    """The encoder whose weights it started with, models:/NAME/VERSION or a folder; empty if the
+    weights were drawn."""
 
     @property
     def log(self) -> CommitLog:
@@ -84,7 +88,7 @@ def open_run(config: RunConfig, run_dir: Path) -> Run:
         return _create(config, run_dir)
     run = load_run(run_dir)
     size = run.config.objective.encoder.vocab_size
-    settled = replace(config, objective=_with_vocabulary(config, size).objective)
+    settled = with_vocab_size(config, size)
     if different := changed(run.config, settled):
         raise UserError(
             f"run {config.name!r} was started otherwise ({'; '.join(different)}): "
@@ -109,8 +113,9 @@ def load_run(run_dir: Path) -> Run:
         raise UserError(f"no run {run_dir.name!r} in {run_dir.parent}.{hint}")
     try:
         record = json.loads(path.read_text())
-        names = ("format_version", "key", "fingerprint", "tokenizer_sha256", "config")
-        version, key, fingerprint, tokenizer, config = (record[name] for name in names)
+        names = ("format_version", "key", "fingerprint", "tokenizer_sha256")
+        version, key, fingerprint, tokenizer = (record[name] for name in names)
+        config, started_from = record["config"], record["started_from"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not the record of a run: {error!r}; restore it") from error
     if version != FORMAT_VERSION:
@@ -126,7 +131,7 @@ def load_run(run_dir: Path) -> Run:
     if not pieces.is_file() or sha256_of(pieces) != tokenizer:
         raise DataError(f"{pieces} is not the one the run was started with; restore it")
     vocabulary = load_vocabulary(pieces)
-    return Run(run_dir, key, from_record(config), manifest, vocabulary)
+    return Run(run_dir, key, from_record(config), manifest, vocabulary, started_from)
 
 
 def index(
@@ -157,33 +162,35 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
     """Settle what the config leaves open and record the run; run.json is written last."""
     if not config.data:
         raise UserError("no data: name raw shards with --data 'corpus/*.jsonl'")
+    start = load_start(config) if config.init_from else None
     cache = Path(config.runs) / ".index" / "manifest.json"
     manifest = index(config.data, config.source, cache, separate=bool(config.weights))
     check(manifest)
     _refuse_idle_source(config, manifest)
     _refuse_single_document(config, manifest)
-    if config.vocabulary_file:
+    if start:
+        vocabulary = start.vocabulary
+    elif config.vocabulary_file:
         vocabulary = load_vocabulary(Path(config.vocabulary_file))
     else:
         vocabulary = train_vocabulary(lambda: manifest.texts("training"), config.vocabulary)
-    settled = _with_vocabulary(config, vocabulary.size)
+    settled = with_vocab_size(config, start.vocab_size if start else vocabulary.size)
     write_text(run_dir / "manifest.json", manifest.to_json())
     write_text(run_dir / "tokenizer.json", vocabulary.json)
-    run = Run(run_dir, uuid.uuid4().hex, settled, manifest, vocabulary)
+    started_from = start.source if start else ""
+    run = Run(run_dir, uuid.uuid4().hex, settled, manifest, vocabulary, started_from)
+    if start:
+        commit_start(run.log, start.weights)
     record = {
         "format_version": FORMAT_VERSION,
         "key": run.key,
         "fingerprint": manifest.fingerprint,
         "tokenizer_sha256": sha256_of(run_dir / "tokenizer.json"),
+        "started_from": run.started_from,
         "config": to_record(settled),
     }
     write_json(run_dir / "run.json", record)
     return run
-
-
-def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
-    encoder = replace(config.objective.encoder, vocab_size=size)
-    return replace(config, objective=replace(config.objective, encoder=encoder))
 
 
 def _refuse_single_document(config: RunConfig, manifest: Manifest) -> None:

@@ -138,7 +138,8 @@ class FillMask:
     """Show what an encoder puts in the place of each [MASK] of a text."""
 
     model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a bundle, of a finished run or of
+    a BERT of transformers."""
     text: tyro.conf.Positional[str]
     """A text with [MASK] in it."""
     top: int = 5
@@ -156,6 +157,32 @@ class FillMask:
             rows = [(guess.piece, f"{guess.probability:.4f}") for guess in best]
             print(table((f"mask {number}", "probability"), rows))
         return {"masks": [[guess._asdict() for guess in best] for best in guesses]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write an encoder as transformers and sentence-transformers load it."""
+
+    model: tyro.conf.Positional[str]
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a bundle or of a finished run."""
+    out: Path
+    """Folder to write; there must be none yet."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where the model is registered."""
+
+    def run(self) -> dict[str, Any]:
+        """Write the folder and say how to load it."""
+        from pipelines.use.hf_export import export
+        from pipelines.use.registry import load_encoder
+
+        encoder = load_encoder(self.model, self.tracking_uri)
+        export(encoder, self.out)
+        parameters = sum(tensor.numel() for tensor in encoder.state.values())
+        print(
+            f"{parameters:,} parameters in {self.out}: load them with "
+            f'transformers.BertForPreTraining.from_pretrained("{self.out}")'
+        )
+        return {"out": str(self.out), "parameters": parameters}
 
 
 @dataclass(frozen=True, kw_only=True)

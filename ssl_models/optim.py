@@ -1,6 +1,8 @@
-"""AdamW with BERT's decay groups, a triangular learning rate, and gradients as one vector."""
+"""AdamW with BERT's decay groups, learning rate schedules, and gradients as one vector."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,17 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     """The peak, reached at the end of the warm-up."""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """How the rate falls after the warm-up: in a line, as half a cosine (Loshchilov & Hutter 2017,
+    SGDR, arXiv:1608.03983), or not before the last `decay_ratio` of the steps (warmup-stable-decay,
+    Hu et al. 2024, MiniCPM, arXiv:2404.06395)."""
     warmup_ratio: float = 0.1
     """Share of the steps over which the learning rate rises."""
+    decay_ratio: float = 0.2
+    """Share of the steps over which `wsd` falls, as 1 minus a square root (Haegele et al. 2024,
+    Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, arXiv:2405.18392)."""
+    min_ratio: float = 0.0
+    """Share of the peak that every schedule falls to."""
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -36,7 +47,14 @@ class OptimizerConfig:
                 f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}: "
                 "it is a share of the steps, not a number of steps"
             )
-        for name in ("beta1", "beta2"):
+        if not 0.0 < self.decay_ratio <= 1.0:
+            raise ValueError(f"decay_ratio must be above 0 and at most 1, got {self.decay_ratio}")
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                "warmup_ratio + decay_ratio must be at most 1, got "
+                f"{self.warmup_ratio} + {self.decay_ratio}"
+            )
+        for name in ("min_ratio", "beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
@@ -46,14 +64,31 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Return the learning rate of a step, counted from 0.
 
-    It rises linearly to the peak at the last step of the warm-up and falls linearly to 0 at
+    It rises linearly to the peak at the last step of the warm-up and falls to `min_ratio` of it at
     `num_steps`, the first step that is not made: no step is wasted on a rate of 0.
     """
     assert 0 <= step <= num_steps, f"step {step} of {num_steps}"
     warmup = max(1, round(config.warmup_ratio * num_steps))
+    last_at_peak = warmup - 1
+    if config.schedule == "wsd":
+        last_at_peak = max(last_at_peak, num_steps - max(1, round(config.decay_ratio * num_steps)))
     rise = (step + 1) / warmup
-    fall = (num_steps - step) / (num_steps - warmup + 1)
+    left = min(1.0, (num_steps - step) / (num_steps - last_at_peak))
+    fall = config.min_ratio + (1.0 - config.min_ratio) * _fall(config, left)
     return config.learning_rate * min(rise, fall)
+
+
+def _fall(config: OptimizerConfig, left: float) -> float:
+    """Return the share of the way down that is still to go when this share of the decay is left."""
+    match config.schedule:
+        case "linear":
+            return left
+        case "cosine":
+            return math.sin(0.5 * math.pi * left) ** 2  # (1 + cos) / 2 without its cancellation
+        case "wsd":
+            return 1.0 - math.sqrt(1.0 - left)
+        case _:
+            assert_never(config.schedule)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -53,7 +53,8 @@ def otherwise(key: str) -> RunConfig:
     elif value is None:
         candidates = [0.5]
     else:
-        candidates = ["blank-line", "cpu", "quarantine", "sentence-order", f"{value}x"]
+        values = ("blank-line", "cpu", "quarantine", "sentence-order", "cosine")
+        candidates = [*values, f"{value}x"]
     for candidate in candidates:
         try:
             return from_record(tiny(key, candidate))
@@ -182,5 +183,6 @@ def test_flat_keys_are_dotted() -> None:
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no recipe 'text-mimi'\. Did you mean 'text-mini'\?"):
         recipe("text-mimi")
-    with pytest.raises(UserError, match=r"no recipe 'zz'\. Known: text-mini, text-tiny\."):
+    known = ", ".join(sorted(RECIPES))
+    with pytest.raises(UserError, match=rf"no recipe 'zz'\. Known: {known}\."):
         recipe("zz")

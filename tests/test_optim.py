@@ -1,7 +1,10 @@
 """Decay groups, the schedule at points computed by hand, and gradients as one vector."""
 
 import copy
+import math
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -72,15 +75,74 @@ def test_the_learning_rate_rises_to_the_peak_and_falls_to_0(step: int, expected:
     assert learning_rate(config, step, 20) == pytest.approx(2.0 * expected)
 
 
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("num_steps", [1, 2, 7])
+Schedule = Literal["linear", "cosine", "wsd"]
+SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine", "wsd")
+
+
+def _rates(config: OptimizerConfig, num_steps: int) -> list[float]:
+    return [learning_rate(config, step, num_steps) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("min_ratio", [0.0, 0.1])
+def test_the_cosine_is_that_of_sgdr(min_ratio: float) -> None:
+    """Loshchilov & Hutter 2017, equation 5: min + (max - min) / 2 * (1 + cos(pi * t / T))."""
+    config = OptimizerConfig(
+        learning_rate=2.0, schedule="cosine", warmup_ratio=0.2, min_ratio=min_ratio
+    )
+    lowest, highest = 2.0 * min_ratio, 2.0
+    assert _rates(config, 20)[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    for t in range(17):  # the peak is made in step 3
+        expected = lowest + 0.5 * (highest - lowest) * (1 + math.cos(math.pi * t / 17))
+        assert learning_rate(config, 3 + t, 20) == pytest.approx(expected)
+    assert learning_rate(config, 20, 20) == pytest.approx(lowest)
+
+
+def test_wsd_is_stable_and_then_falls_as_1_minus_a_square_root() -> None:
+    """Haegele et al. 2024, section 4: 1 - sqrt((n - (N - N_decay)) / N_decay) in the decay."""
+    config = OptimizerConfig(learning_rate=2.0, schedule="wsd", warmup_ratio=0.05, decay_ratio=0.25)
+    total, decay, warmup = 40, 10, 2
+
+    def transcribed(n: int) -> float:
+        if n < warmup:
+            return 2.0 * (n + 1) / warmup
+        return 2.0 if n <= total - decay else 2.0 * (1 - math.sqrt((n - (total - decay)) / decay))
+
+    assert _rates(config, total) == pytest.approx([transcribed(n) for n in range(total)])
+    assert _rates(config, total).count(2.0) == total - decay - warmup + 2
+    assert learning_rate(config, total, total) == 0.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.8])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 1000])
 def test_no_step_is_made_at_a_rate_of_0_and_one_at_the_peak(
-    warmup_ratio: float, num_steps: int
+    schedule: Schedule, warmup_ratio: float, num_steps: int
 ) -> None:
-    config = OptimizerConfig(warmup_ratio=warmup_ratio)
-    rates = [learning_rate(config, step, num_steps) for step in range(num_steps)]
+    config = OptimizerConfig(schedule=schedule, warmup_ratio=warmup_ratio)
+    rates = _rates(config, num_steps)
     assert min(rates) > 0
     assert max(rates) == config.learning_rate
+    peak = rates.index(max(rates))
+    assert all(before < after for before, after in pairwise(rates[: peak + 1]))
+    assert all(before >= after for before, after in pairwise(rates[peak:]))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_warm_up_may_take_all_steps(schedule: Schedule) -> None:
+    rates = _rates(OptimizerConfig(schedule=schedule, warmup_ratio=1.0, learning_rate=7.0), 7)
+    assert rates == pytest.approx([1, 2, 3, 4, 5, 6, 7])
+
+
+def test_the_last_of_a_million_steps_still_learns() -> None:
+    for schedule in SCHEDULES:
+        assert learning_rate(OptimizerConfig(schedule=schedule), 10**6 - 1, 10**6) > 1e-16
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_floor_is_kept(schedule: Schedule) -> None:
+    config = OptimizerConfig(schedule=schedule, warmup_ratio=0.0, min_ratio=0.3)
+    assert min(_rates(config, 50)) > 0.3 * config.learning_rate
+    assert learning_rate(config, 50, 50) == pytest.approx(0.3 * config.learning_rate)
 
 
 def test_flat_gradients_equal_the_gradients_of_each_parameter() -> None:
@@ -160,8 +222,17 @@ def test_an_infinite_clip_norm_turns_clipping_off() -> None:
         ("beta2", -0.5),
         ("epsilon", 0.0),
         ("clip_norm", float("nan")),
+        ("decay_ratio", 0.0),
+        ("min_ratio", 1.0),
     ],
 )
 def test_a_bad_config_is_refused_with_its_value(field: str, value: float) -> None:
+    changes: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=f"{field} must be .*got {value}"):
-        replace(OptimizerConfig(), **{field: value})
+        replace(OptimizerConfig(), **changes)
+
+
+def test_warm_up_and_decay_must_fit_into_the_steps() -> None:
+    with pytest.raises(ValueError, match=r"at most 1, got 0\.5 \+ 0\.6"):
+        OptimizerConfig(schedule="wsd", warmup_ratio=0.5, decay_ratio=0.6)
+    OptimizerConfig(schedule="cosine", warmup_ratio=0.5, decay_ratio=0.6)

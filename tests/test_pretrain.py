@@ -177,6 +177,13 @@ def test_the_registered_version_knows_where_it_comes_from(finished: Finished) ->
     assert lineage["steps"] == finished.config.steps
 
 
+def test_the_candidate_knows_how_its_rows_were_made(finished: Finished) -> None:
+    encoder = load_encoder("models:/topics@candidate", finished.config.tracking_uri)
+    record = to_record(load_run(finished.dir).config)
+    assert encoder.config["text"] == record["text"]
+    assert encoder.config["objective"] == record["objective"]
+
+
 def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
     assert finished.again == finished.account
     assert "all 20 steps have been made" in finished.said_again
@@ -259,3 +266,43 @@ def test_a_flipped_byte_in_the_registry_is_refused_in_one_line(
     assert len(err.splitlines()) == 1
     assert err.startswith("rayssl: model.safetensors is not what was registered: SHA-256 differs")
     assert main(["fill-mask", "models:/topics@candidate", "a [MASK]", *flags]) == 0
+
+
+@pytest.mark.slow  # and last: the tests above count what is in MLflow
+def test_a_second_run_starts_where_the_first_one_ended(finished: Finished) -> None:
+    config = replace(
+        finished.config,
+        name="second",
+        steps=1,
+        workers=1,
+        init_from="models:/topics@candidate",
+        register="second",
+    )
+    _, said = call(config)
+    run, first = load_run(finished.folder / "runs" / "second"), load_run(finished.dir)
+    assert run.started_from == "models:/topics/1"
+    assert "starts from models:/topics/1" in said
+    assert run.vocabulary.json == first.vocabulary.json
+
+    ended, newest = first.log.newest(), run.log.newest()
+    assert ended is not None
+    assert newest is not None
+    start, made = run.log.lineage(newest)
+    trained, _ = first.log.load(ended)
+    given, moments = run.log.load(start)
+    assert (start.step, made.step) == (0, 1)
+    assert not moments
+    assert all(torch.equal(given[name], trained[name]) for name in trained)
+    assert verify(run).status == "PASS"
+    lineage = json.loads((run.dir / "bundle" / "lineage.json").read_text())
+    assert lineage["started_from"] == "models:/topics/1"
+
+    # The alias may move: a resumed run does not look again.
+    finished.client.delete_registered_model_alias("topics", "candidate")
+    try:
+        _, said = call(config)
+        with pytest.raises(UserError, match="init_from: models:/topics@candidate -> models:/"):
+            pretrain(replace(config, init_from="models:/topics/1"))
+    finally:
+        finished.client.set_registered_model_alias("topics", "candidate", "1")
+    assert "all 1 steps have been made" in said

@@ -4,6 +4,8 @@ And that the steps teach: rows seen often enough are known by heart, labels at r
 """
 
 import multiprocessing
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from pipelines.data.vocabulary import Vocabulary
 from pipelines.recipes import recipe
 from pipelines.training.loop import build_learner, train_step
 from ssl_models.masked_language import NO_LABEL
+from ssl_models.optim import OptimizerConfig
 from tests.corpus import make_documents
 
 CPU = torch.device("cpu")
@@ -169,6 +172,57 @@ def test_dropout_depends_on_the_seed_the_step_and_nothing_before(alone: None) ->
     assert torch.equal(gradient(3), gradient(3))
     assert not torch.allclose(gradient(3), gradient(4))
     assert not torch.allclose(gradient(3), gradient(3, seed=1))
+
+
+def compilable(*, dropout: float, compile: bool) -> RunConfig:
+    """Return a config of one layer, compiled or not."""
+    made = config(compile=compile)
+    encoder = replace(made.objective.encoder, num_layers=1, dropout=dropout)
+    return replace(made, objective=replace(made.objective, encoder=encoder))
+
+
+needs_a_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+@pytest.mark.slow
+@needs_a_compiler
+def test_a_compiled_model_learns_what_an_eager_one_does(alone: None) -> None:
+    del alone
+    graph_breaks = torch._dynamo.utils.counters["graph_break"]
+    graph_breaks.clear()
+    eager = build_learner(compilable(dropout=0.0, compile=False), CPU)
+    compiled = build_learner(compilable(dropout=0.0, compile=True), CPU)
+    for step in range(3):
+        expected = train_step(eager, slots(), step)
+        for name, pair in train_step(compiled, slots(), step).items():
+            torch.testing.assert_close(pair, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(
+        compiled.gradients.vector, eager.gradients.vector, rtol=1e-3, atol=1e-6
+    )
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert not graph_breaks
+    compiled.objective.load_state_dict(eager.objective.state_dict())
+
+
+@pytest.mark.slow
+@needs_a_compiler
+def test_a_compiled_model_draws_its_dropout_by_seed_step_and_slot_too(alone: None) -> None:
+    del alone
+
+    made = compilable(dropout=0.5, compile=True)
+    # A rate that moves no weight: every step starts from the same ones.
+    learner = build_learner(replace(made, optimizer=OptimizerConfig(learning_rate=1e-30)), CPU)
+
+    def gradient(step: int) -> Tensor:
+        torch.rand(step + 3)
+        train_step(learner, slots(), step)
+        return learner.gradients.vector.clone()
+
+    first, second, other = gradient(3), gradient(3), gradient(4)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(alone: None) -> None:

@@ -50,8 +50,9 @@ class Vocabulary:
     """A tokenizer, and what masking needs to know of its ids."""
 
     def __init__(self, tokenizer_json: str) -> None:
-        # Whatever it was made for: here control tokens are no text, and nothing is cut or padded.
-        bare: dict[str, Any] = {"added_tokens": [], "truncation": None, "padding": None}
+        # Whatever it was made for: control tokens are no text here, and nothing is cut or added.
+        bare: dict[str, Any] = {"added_tokens": []}
+        bare |= dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
         self.tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer_json) | bare))
         self.json = self.tokenizer.to_str()
         if not isinstance(self.tokenizer.model, WordPiece):

@@ -58,7 +58,7 @@ class Commit:
     @property
     def digest(self) -> str:
         """Digest of everything trained on so far."""
-        return self.digests[-1]
+        return self.digests[-1] if self.digests else START_DIGEST
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from pipelines.errors import UserError
 from pipelines.run import Run
 from pipelines.training.checkpoint import START_DIGEST, Attempt, Commit, CommitLog, Saver, restore
 from pipelines.training.feed import Feed
+from pipelines.training.start import draw
 from pipelines.training.tracking import SpoolWriter
 from ssl_models import build_objective
 from ssl_models.objective import Batch, Objective, joint_loss
@@ -121,8 +122,9 @@ def train_worker(job: Job) -> None:
 def build_learner(config: RunConfig, device: torch.device) -> Learner:
     """Return a learner with freshly drawn weights, the same on every rank."""
     torch.set_num_threads(config.threads_per_worker)
-    torch.manual_seed(key(config.seed, "weights") >> 1)
-    objective = build_objective(config.objective).to(device)
+    objective = draw(config).to(device)
+    if config.compile:
+        objective.compile(dynamic=False)  # in place: checkpoints keep their names
     return Learner(
         config,
         device,

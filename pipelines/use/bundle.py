@@ -2,7 +2,7 @@
 
 A bundle directory holds these files and no others:
 
-config.json         format_version 1, and the objective that the weights belong to
+config.json         format_version 1, the objective that the weights belong to, the text of its rows
 model.safetensors   the weights
 tokenizer.json      splits raw text
 lineage.json        where it comes from

@@ -22,12 +22,14 @@ def fill_mask(encoder: Encoder, text: str, top: int) -> list[list[Guess]]:
     """Return the `top` most probable pieces for each [MASK] of a text, in its order.
 
     Raises:
-        UserError: If the text has no [MASK], or is longer than the encoder's rows, or if `top`
-            is not at least 1.
+        UserError: If the text has no [MASK], or is longer than the encoder's rows, if `top` is
+            not at least 1, or if the model came without a head for masked tokens.
     """
     if top < 1:
         raise UserError(f"top must be at least 1, got {top}")
     objective, vocabulary = encoder.objective, encoder.vocabulary
+    if any(name.startswith("mlm_head.") for name in encoder.fresh):
+        raise UserError("the model came without a head for masked tokens: it cannot fill any")
     assert isinstance(objective, MaskedLanguage)
     first, *others = (ids.tolist() for ids in vocabulary.encode(text.split(MASK)))
     if not others:
@@ -38,9 +40,10 @@ def fill_mask(encoder: Encoder, text: str, top: int) -> list[list[Guess]]:
         positions.append(len(row))
         row += [vocabulary.mask, *part]
     row.append(vocabulary.sep)
-    longest = encoder.config["objective"]["encoder"]["max_length"]
-    if len(row) > longest:
-        raise UserError(f"the text has {len(row)} tokens, the encoder takes {longest}: shorten it")
+    if len(row) > encoder.max_tokens:
+        raise UserError(
+            f"the text has {len(row)} tokens, the encoder takes {encoder.max_tokens}: shorten it"
+        )
     batch = {
         "input_ids": torch.tensor([row]),
         "token_type_ids": torch.zeros(1, len(row), dtype=torch.int64),

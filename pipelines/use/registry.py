@@ -29,6 +29,7 @@ from pipelines.errors import nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
+from pipelines.use.hf_layout import is_hf_layout, read_hf_layout
 from ssl_models import ObjectiveConfig, build_objective
 from ssl_models.objective import Batch, Objective
 
@@ -60,6 +61,14 @@ class Encoder:
     state: dict[str, Tensor]
     vocabulary: Vocabulary
     objective: Objective
+    fresh: tuple[str, ...] = ()
+    """Tensors that the model came without, such as heads: freshly drawn, not trained."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest row of the pretraining, control tokens included."""
+        rows = self.config.get("text") or self.config["objective"]["encoder"]
+        return int(rows["max_length"])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -71,12 +80,12 @@ class Encoder:
 
         A text is cut to the longest row of the pretraining.
         """
-        encoder = self.config["objective"]["encoder"]
         rows = [
-            [self.vocabulary.cls, *ids[: encoder["max_length"] - 2].tolist(), self.vocabulary.sep]
+            [self.vocabulary.cls, *ids[: self.max_tokens - 2].tolist(), self.vocabulary.sep]
             for ids in self.vocabulary.encode(texts)
         ]
-        features = [np.zeros((0, encoder["hidden_size"]), dtype=np.float32)]
+        width = self.config["objective"]["encoder"]["hidden_size"]
+        features = [np.zeros((0, width), dtype=np.float32)]
         was_training = self.objective.training
         self.objective.eval()
         with torch.no_grad():
@@ -102,11 +111,16 @@ class Encoder:
 
 
 def load_encoder(uri: str, tracking_uri: str = "sqlite:///mlflow.db") -> Encoder:
-    """Return the encoder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a bundle directory.
+    """Return the encoder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder.
+
+    The folder is a bundle, a finished run, or a model as transformers saves it (`hf_layout.py`).
 
     Raises:
-        BundleError: If there is none, or if it is not byte for byte what was registered.
+        BundleError: If there is none, if it is not byte for byte what was registered, or if it is
+            a model of transformers that is not the BERT of this package.
     """
+    if is_hf_layout(Path(uri)):
+        return _build(*read_hf_layout(Path(uri)), is_whole=False)
     return _read_encoder(resolve(uri, tracking_uri))
 
 
@@ -119,12 +133,20 @@ def _read_encoder(directory: Path) -> Encoder:
             f"{FORMAT_VERSION}: use the rayssl that wrote it"
         )
     state: dict[str, Tensor] = load_file(directory / "model.safetensors")
+    vocabulary = Vocabulary((directory / "tokenizer.json").read_text())
+    return _build(config, state, vocabulary, is_whole=True)
+
+
+def _build(
+    config: dict[str, Any], state: dict[str, Tensor], vocabulary: Vocabulary, *, is_whole: bool
+) -> Encoder:
     adapter = TypeAdapter[ObjectiveConfig](ObjectiveConfig)
     try:
         objective_config = adapter.validate_python(config.get("objective"), extra="forbid")
         with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+            torch.manual_seed(0)
             objective = build_objective(objective_config)
-        objective.load_state_dict(state)
+        fresh = objective.load_state_dict(state, strict=is_whole).missing_keys
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("objective", *first["loc"]))
@@ -132,8 +154,19 @@ def _read_encoder(directory: Path) -> Encoder:
     except RuntimeError as error:
         what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
         raise BundleError(f"model.safetensors does not fit config.json: {what:.200}") from error
-    vocabulary = Vocabulary((directory / "tokenizer.json").read_text())
-    return Encoder(config, state, vocabulary, objective.eval())
+    return Encoder(config, state, vocabulary, objective.eval(), tuple(fresh))
+
+
+def pin(uri: str, tracking_uri: str) -> str:
+    """Return `models:/NAME/VERSION` for what an alias names now; a folder as it is.
+
+    Raises:
+        BundleError: If there is no such model.
+    """
+    if not uri.startswith("models:"):
+        return uri
+    version = _find_version(uri, tracking_uri)
+    return f"models:/{version.name}/{version.version}"
 
 
 def resolve(uri: str, tracking_uri: str) -> Path:
@@ -145,16 +178,12 @@ def resolve(uri: str, tracking_uri: str) -> Path:
         BundleError: If there is none, if it holds code, or if it is not what was registered.
     """
     if not uri.startswith("models:"):
-        verify_bundle(Path(uri))
-        return Path(uri)
-    match = MODEL_URI.fullmatch(uri)
-    if match is None:
-        raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
-    database = sqlite_path(tracking_uri)
-    if database is not None and not database.exists():
-        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
+        path = Path(uri)
+        directory = path / "bundle" if (path / "run.json").exists() else path
+        verify_bundle(directory)
+        return directory
+    version = _find_version(uri, tracking_uri)
     client = open_client(tracking_uri)
-    version = _find_version(client, uri, *match.groups())
     root = _download(client, version.name, version.version, tracking_uri)
     _refuse_code(root, uri)
     verify_bundle(root / BUNDLE_FOLDER)
@@ -165,9 +194,17 @@ def resolve(uri: str, tracking_uri: str) -> Path:
     return root / BUNDLE_FOLDER
 
 
-def _find_version(client: Any, uri: str, name: str, alias: str | None, number: str | None) -> Any:
+def _find_version(uri: str, tracking_uri: str) -> Any:
     from mlflow.exceptions import MlflowException
 
+    match = MODEL_URI.fullmatch(uri)
+    if match is None:
+        raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
+    client = open_client(tracking_uri)
+    name, alias, number = match.groups()
     try:
         if alias is None:
             return client.get_model_version(name, number)

@@ -1,0 +1,98 @@
+"""The weights a run starts with: freshly drawn, or those of an encoder that is there already.
+
+Weights that were given become the commit of step 0. From then on every rank and every attempt
+finds them as it finds any commit, and nothing asks again where they came from.
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.config import RunConfig, with_vocab_size
+from pipelines.console import say
+from pipelines.data.plan import Cursor
+from pipelines.data.randomness import key
+from pipelines.data.vocabulary import Vocabulary, load_vocabulary
+from pipelines.errors import UserError
+from pipelines.training.checkpoint import Commit, CommitLog
+from pipelines.use.registry import load_encoder, pin
+from ssl_models import build_objective
+from ssl_models.objective import Objective
+
+_TRAINING = frozenset({"dropout", "initializer_range"})
+"""Fields of an encoder that say how it is trained, and not what it computes."""
+
+
+class Start(NamedTuple):
+    """An encoder that a run starts from."""
+
+    source: str
+    """models:/NAME/VERSION, or a folder."""
+    weights: dict[str, Tensor]
+    """All of the run's, heads included."""
+    vocabulary: Vocabulary
+    vocab_size: int
+    """Token embeddings; some models of transformers have a few more than pieces."""
+
+
+def draw(config: RunConfig) -> Objective:
+    """Return the objective with freshly drawn weights, the same wherever it is called."""
+    torch.manual_seed(key(config.seed, "weights") >> 1)
+    return build_objective(config.objective)
+
+
+def load_start(config: RunConfig) -> Start:
+    """Return what a run that is to be `init_from` an encoder starts with.
+
+    Heads that the encoder came without are drawn, and said to be; those of another objective that
+    it came with are left.
+
+    Raises:
+        UserError: If `vocabulary_file` is another vocabulary than the encoder's, or the encoders
+            or heads do not fit; the first misfit is named.
+        BundleError: If there is no such encoder, or it cannot be trusted.
+    """
+    uri = pin(config.init_from, config.tracking_uri)
+    source = load_encoder(uri, config.tracking_uri)
+    given = config.vocabulary_file
+    if given and load_vocabulary(Path(given)).json != source.vocabulary.json:
+        raise UserError(f"{given} is not the vocabulary of {uri}: leave --vocabulary-file out")
+    there = source.config["objective"]["encoder"]
+    settled = with_vocab_size(config, there["vocab_size"])
+    for name, here in asdict(settled.objective.encoder).items():
+        if name not in _TRAINING and there.get(name) != here:
+            raise UserError(
+                f"{name} of {uri} is {there.get(name)}, of this run {here}: set "
+                f"--objective.encoder.{name.replace('_', '-')} {there.get(name)}"
+            )
+    weights: dict[str, Tensor] = draw(settled).state_dict()
+    drawn = [name for name in weights if name not in source.state]
+    for name in [name for name in weights if name in source.state]:
+        if weights[name].shape != source.state[name].shape:
+            raise UserError(
+                f"{name} of {uri} has the shape {tuple(source.state[name].shape)}, of this run "
+                f"{tuple(weights[name].shape)}: start from a model of the same objective"
+            )
+        weights[name] = source.state[name]
+    say(f"starts from {uri}" + (f"; drawn anew: {', '.join(drawn)}" if drawn else ""))
+    return Start(uri, weights, source.vocabulary, there["vocab_size"])
+
+
+def commit_start(log: CommitLog, weights: dict[str, Tensor]) -> Commit:
+    """Commit weights as step 0 of a run that has not begun."""
+    start = Commit(
+        step=0,
+        attempt=0,
+        parent="",
+        cursor=Cursor(),
+        digests=(),
+        fates={},
+        workers=0,
+        manifest_sha256="",
+    )
+    shutil.rmtree(log.checkpoint_dir(start), ignore_errors=True)  # of a process that was killed
+    return log.save(start, weights, {})
