@@ -158,10 +158,11 @@ class Manifest:
                 f"{name}: cannot be read any more ({reason(error)}); restore this shard"
             ) from error
         if digest.hexdigest() != block.sha256:
+            unit = unit_of(name)
+            end = block.offset + (block.records if unit == "row" else block.bytes)
             raise DataError(
-                f"{name}: changed since it was indexed, within {block.records} records from "
-                f"{unit_of(name)} {block.offset} on; restore the shard, or start a run of another "
-                "name"
+                f"{name}: {unit}s {block.offset} to {end} changed since they were indexed; "
+                "restore the shard, or start a run of another name"
             )
         return found
 
