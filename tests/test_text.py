@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipelines.data.manifest import Document, content_hash
-from pipelines.data.masks import mask, num_predictions
+from pipelines.data.masks import num_predictions
 from pipelines.data.pairs import Pairs, couple
 from pipelines.data.randomness import draws, key
 from pipelines.data.text import FATES, IGNORED, NO_PARTNER, ONE_SEGMENT, PAIRED, TextRows
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import CONTROL_TOKENS, Vocabulary
 from tests.corpus import make_documents
+from tests.test_masks import check_masks
 
 SHORT = TextConfig(max_length=32)
 NEXT, NOT_NEXT = 0, 1
@@ -102,10 +103,6 @@ def digest(table: pa.Table) -> str:
     return hashlib.sha256(json.dumps(table.to_pydict()).encode()).hexdigest()
 
 
-def chi_square(observed: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(((observed - expected) ** 2 / expected).sum())
-
-
 # What holds for every row
 
 
@@ -138,43 +135,6 @@ def check_origin(row: Row, tokens: dict[int, list[int]], contents: dict[int, int
         assert tokens[a_record][own : own + len(row.b)] != row.b
     else:
         assert (b_record, b_position) == (a_record, a_position + len(row.a))
-
-
-def check_masks(row: Row, vocabulary: Vocabulary, config: TextConfig) -> None:
-    control = {vocabulary.cls, vocabulary.sep}
-    quota = int(num_predictions(np.array([len(row.a) + len(row.b)]), config)[0])
-    assert row.masked == sorted(set(row.masked))
-    assert not control & {row.restored[place] for place in row.masked}
-    drawn = {row.seen[place] for place in row.masked} - {vocabulary.mask}
-    unchanged = {row.restored[place] for place in row.masked}
-    assert drawn <= set(vocabulary.ordinary.tolist()) | unchanged
-    units = units_of(row, vocabulary, quota, whole_words=config.whole_words)
-    chosen = [unit for unit in units if unit & set(row.masked)]
-    assert set().union(*chosen) == set(row.masked)
-    assert 1 <= len(row.masked) <= quota
-    if len(chosen) < len(units):
-        longest = max(len(unit) for unit in units if unit not in chosen)
-        assert len(row.masked) + longest > quota
-
-
-def units_of(
-    row: Row, vocabulary: Vocabulary, quota: int, *, whole_words: bool
-) -> list[frozenset[int]]:
-    """Return the places of each word, or of each piece of a word longer than the quota."""
-    units: list[list[int]] = []
-    text = [*range(1, 1 + len(row.a)), *range(2 + len(row.a), 2 + len(row.a) + len(row.b))]
-    starts = {1, 2 + len(row.a)}
-    for place in text:
-        goes_on = whole_words and vocabulary.continues[row.restored[place]] and place not in starts
-        if goes_on:
-            units[-1].append(place)
-        else:
-            units.append([place])
-    pieces: list[frozenset[int]] = []
-    for unit in units:
-        fits = len(unit) <= quota
-        pieces += [frozenset(unit)] if fits else [frozenset([place]) for place in unit]
-    return pieces
 
 
 def check_conservation(rows: list[Row], tokens: dict[int, list[int]]) -> None:
@@ -216,7 +176,7 @@ def test_t2_t3_t6_rows_are_their_documents_cut_exchanged_and_masked(
     for row in rows:
         check_shape(row, vocabulary, max_length)
         check_origin(row, tokens, contents)
-        check_masks(row, vocabulary, config)
+        check_masks(row.restored, row.seen, row.masked, vocabulary, config)
     check_conservation(rows, tokens)
 
 
@@ -368,128 +328,6 @@ def test_t2_couples_are_equally_long_and_of_different_words(
     assert np.array_equal(
         with_label, couple(pairs, content.astype(np.uint64), flat, coins, 1.0)[1] >= 0
     )
-
-
-# What is hidden
-
-
-def random_rows(vocabulary: Vocabulary, count: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return rows of 14 and 15 pieces drawn from all ordinary ones, and their lengths."""
-    words = draws(key("rows"), np.arange(32 * count, dtype=np.uint64))
-    flat = vocabulary.ordinary[words % np.uint64(len(vocabulary.ordinary))].reshape(count, 32)
-    flat[:, 0] = vocabulary.cls
-    flat[:, [15, 31]] = vocabulary.sep
-    return flat.reshape(-1), np.full(count, 32)
-
-
-pieces = st.lists(st.integers(0, 40), min_size=1, max_size=40)
-
-
-@given(
-    found=st.lists(st.tuples(pieces, pieces), min_size=1, max_size=5),
-    ratio=st.sampled_from([0.0, 0.15, 0.5, 1.0]),
-    whole_words=st.booleans(),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=150, deadline=None)
-def test_t3_words_are_hidden_whole_and_never_across_segments(
-    vocabulary: Vocabulary,
-    found: list[tuple[list[int], list[int]]],
-    ratio: float,
-    whole_words: bool,
-    seed: int,
-) -> None:
-    """Any pieces in any place: words that are longer than a row may lose, B within a word."""
-    starts, goes_on = (
-        vocabulary.ordinary[~vocabulary.continues[vocabulary.ordinary]],
-        np.flatnonzero(vocabulary.continues),
-    )
-    palette = [*starts[:10].tolist(), *goes_on[:31].tolist()]
-    rows = []
-    for a, b in found:
-        first, second = [palette[i] for i in a], [palette[i] for i in b]
-        full = [vocabulary.cls, *first, vocabulary.sep, *second, vocabulary.sep]
-        rows.append(Row(full, full, first, second, [], 0, 0, (0, 0), (0, 0)))
-    flat = np.array([token for row in rows for token in row.restored], vocabulary.dtype)
-    lengths = np.array([len(row.restored) for row in rows])
-    config = TextConfig(mask_ratio=ratio, whole_words=whole_words)
-    row_keys = draws(key(seed), np.arange(len(rows), dtype=np.uint64))
-    masks = mask(flat, lengths, row_keys, vocabulary, config)
-    inputs = flat.copy()
-    inputs[masks.places] = masks.inputs
-    ends = np.cumsum(lengths)
-    for row, end in zip(rows, ends, strict=True):
-        start = end - len(row.restored)
-        mine = masks.places[(masks.places >= start) & (masks.places < end)] - start
-        hidden = row._replace(masked=mine.tolist(), seen=inputs[start:end].tolist())
-        check_masks(hidden, vocabulary, config)
-        if not whole_words:
-            text = np.array([len(row.a) + len(row.b)])
-            assert len(mine) == num_predictions(text, config)[0]
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(1, 1), (9, 1), (10, 2), (29, 4), (30, 4), (50, 8), (125, 19)]
-)
-def test_t3_the_number_of_predictions_is_a_rounded_share(num_tokens: int, expected: int) -> None:
-    assert num_predictions(np.array([num_tokens]), TextConfig()).tolist() == [expected]
-
-
-def test_t3_masks_do_not_depend_on_the_rows_beside(vocabulary: Vocabulary) -> None:
-    documents = make_documents(12)
-    alone = [row for d in documents for row in make(vocabulary, [d], order=5)]
-    kept = replace(SHORT, notnext_ratio=0.0)
-    together = make(vocabulary, documents, kept)
-    assert [(row.seen, row.masked) for row in together] == [(row.seen, row.masked) for row in alone]
-
-
-@pytest.mark.parametrize(("masked", "drawn"), [(0.8, 0.1), (0.5, 0.5), (0.0, 1.0), (1.0, 0.0)])
-def test_t4_shares_of_mask_random_and_kept(
-    vocabulary: Vocabulary, masked: float, drawn: float
-) -> None:
-    flat, lengths = random_rows(vocabulary, 10_000)
-    config = TextConfig(whole_words=False, mask_token_ratio=masked, random_token_ratio=drawn)
-    row_keys = draws(key("shares"), np.arange(10_000, dtype=np.uint64))
-    masks = mask(flat, lengths, row_keys, vocabulary, config)
-    assert len(masks.places) == 40_000
-    is_mask = masks.inputs == vocabulary.mask
-    is_same = masks.inputs == flat[masks.places]
-    observed = np.array([is_mask.sum(), is_same.sum(), (~is_mask & ~is_same).sum()])
-    same_by_chance = drawn / len(vocabulary.ordinary)
-    kept = 1 - masked - drawn
-    shares = np.array([masked, kept + same_by_chance, drawn - same_by_chance])
-    assert np.all(observed[shares == 0] == 0)
-    expected = 40_000 * shares[shares > 0]
-    assert chi_square(observed[shares > 0], expected) < 18.4  # 2 degrees of freedom, p = 1e-4
-
-
-def test_t4_random_pieces_are_uniform_over_the_ordinary_ones(vocabulary: Vocabulary) -> None:
-    flat, lengths = random_rows(vocabulary, 10_000)
-    config = TextConfig(whole_words=False, mask_token_ratio=0.0, random_token_ratio=1.0)
-    row_keys = draws(key("random"), np.arange(10_000, dtype=np.uint64))
-    inputs = mask(flat, lengths, row_keys, vocabulary, config).inputs
-    counts = np.bincount(inputs, minlength=vocabulary.size)
-    control = [0, 1, 2, 3, 4]
-    assert counts[control].sum() == 0
-    num_ordinary = len(vocabulary.ordinary)
-    statistic = chi_square(counts[5:], np.full(num_ordinary, len(inputs) / num_ordinary))
-    assert abs(statistic - num_ordinary) < 4.5 * (2 * num_ordinary) ** 0.5
-
-
-def test_t4_hidden_positions_are_uniform(vocabulary: Vocabulary) -> None:
-    flat, lengths = random_rows(vocabulary, 10_000)
-    row_keys = draws(key("places"), np.arange(10_000, dtype=np.uint64))
-    places = mask(flat, lengths, row_keys, vocabulary, TextConfig(whole_words=False)).places
-    counts = np.bincount(places % 32, minlength=32)
-    assert counts[[0, 15, 31]].sum() == 0
-    text = np.delete(counts, [0, 15, 31])
-    assert chi_square(text, np.full(29, 40_000 / 29)) < 62  # 28 degrees of freedom, p = 1e-4
-
-
-def test_t4_nearly_as_much_is_hidden_as_was_asked_for(vocabulary: Vocabulary) -> None:
-    rows = make(vocabulary, make_documents(60), TextConfig(max_length=128))
-    hidden = sum(len(row.masked) for row in rows)
-    assert 0.13 < hidden / sum(len(row.a) + len(row.b) for row in rows) < 0.155
 
 
 # What can tell the label
