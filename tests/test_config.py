@@ -51,7 +51,7 @@ def otherwise(key: str) -> RunConfig:
     elif isinstance(value, list):
         candidates = [[*value, "more"]]
     else:
-        candidates = ["blank-line", "cpu", f"{value}x"]
+        candidates = ["blank-line", "cpu", "pieces", f"{value}x"]
     for candidate in candidates:
         try:
             return from_record(tiny(key, candidate))

@@ -6,7 +6,7 @@ import pickle
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -391,7 +391,7 @@ def test_t5_golden_rows_hold_for_ever(vocabulary: Vocabulary) -> None:
 
 
 def hidden_tokens(vocabulary: Vocabulary, seed: int, epoch: int) -> set[tuple[int, int]]:
-    config = replace(SHORT, notnext_ratio=0.0, whole_words=False)
+    config = replace(SHORT, notnext_ratio=0.0, masking="pieces")
     found = set()
     for row in make(vocabulary, make_documents(120), config, seed=seed, epoch=epoch):
         for place in row.masked:
@@ -426,9 +426,11 @@ def test_t5_order_decides_partners_but_neither_cuts_nor_hidden_places_of_a(
 # What the model is given
 
 
-@pytest.mark.parametrize("whole_words", [True, False])
-def test_a_batch_holds_every_value_of_its_rows(vocabulary: Vocabulary, whole_words: bool) -> None:
-    config = TextConfig(max_length=40, whole_words=whole_words)
+@pytest.mark.parametrize("masking", ["words", "pieces", "spans"])
+def test_a_batch_holds_every_value_of_its_rows(
+    vocabulary: Vocabulary, masking: Literal["words", "pieces", "spans"]
+) -> None:
+    config = TextConfig(max_length=40, masking=masking)
     maker = TextRows(config, vocabulary)
     documents = [*make_documents(20), *from_texts("It")]
     table = maker.rows(documents, seed=0, epoch=0, order=0)
@@ -501,6 +503,8 @@ def test_monstrous_documents_give_rows(vocabulary: Vocabulary) -> None:
         ({"max_length": 5000}, "got 5000"),
         ({"notnext_ratio": 1.1}, r"notnext_ratio must be in 0\.\.1, got 1\.1"),
         ({"mask_ratio": -0.1}, r"mask_ratio must be in 0\.\.1, got -0\.1"),
+        ({"span_stop_ratio": 0.0}, "span_stop_ratio must be in 0..1, not 0, got 0.0"),
+        ({"span_max_words": 256}, r"span_max_words must be in 1\.\.255, got 256"),
         ({"random_token_ratio": 0.3}, r"must be at most 1, got 0\.8 \+ 0\.3"),
     ],
 )
