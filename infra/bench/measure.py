@@ -35,7 +35,8 @@ class Watch:
     def __enter__(self) -> Self:
         self._before = processes()
         self._last = dict(self._before)
-        self._peaks: dict[int, float] = {}
+        self._peaks = {pid: usage.megabytes for pid, usage in self._before.items()}
+        self._own_seconds = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -52,10 +53,10 @@ class Watch:
         self.look()
 
     def cpu_seconds(self, *roles: str) -> float:
-        """Return what the processes of these roles used in between."""
+        """Return what the processes of these roles used in between, the samples left out."""
         before = {pid: usage.cpu_seconds for pid, usage in self._before.items()}
         used = {pid: u.cpu_seconds - before.get(pid, 0.0) for pid, u in self._of(roles).items()}
-        return sum(used.values())
+        return sum(used.values()) - ("driver" in roles) * self._own_seconds
 
     def peak_megabytes(self, role: str) -> list[float]:
         """Return the largest memory, as sampled in between, of each process of a role."""
@@ -67,6 +68,7 @@ class Watch:
     def _sample(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
             self.look()
+        self._own_seconds = time.thread_time()
 
     def look(self) -> None:
         """Take a sample now."""
