@@ -29,13 +29,13 @@ def test_pure_functions_are_measured(corpus: Corpus, monkeypatch: pytest.MonkeyP
 
 def test_a_watch_sees_this_process_alone_where_it_has_started_none() -> None:
     with Watch() as watch:
-        while watch.cpu_seconds("driver") < 0.02:
+        while watch.cpu_seconds("driver") < 0.1:
             sum(range(100_000))
             watch.look()
     found = processes()[os.getpid()]
     assert found.role == "driver"
     assert len(watch.peak_megabytes("driver")) == 1
-    assert 0.02 <= watch.cpu_seconds("driver", "workers") <= found.cpu_seconds
+    assert 0 < watch.cpu_seconds("driver", "workers") <= found.cpu_seconds
 
 
 def test_spreads_and_ratios_are_of_pairs() -> None:
