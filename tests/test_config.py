@@ -53,7 +53,7 @@ def otherwise(key: str) -> RunConfig:
     elif value is None:
         candidates = [0.5]
     else:
-        values = ("blank-line", "cpu", "quarantine", "sentence-order", "cosine")
+        values = ("blank-line", "cpu", "quarantine", "sentence-order", "cosine", "pieces")
         candidates = [*values, f"{value}x"]
     for candidate in candidates:
         try:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data import randomness
-from pipelines.data.randomness import Words64, draws, key, permutation, uniform
+from pipelines.data.randomness import Words64, draws, key, permutation, streams, uniform
 
 SAMPLES = 100_000
 
@@ -93,6 +93,18 @@ def test_a_draw_depends_on_its_key_and_counter_and_not_on_its_neighbours() -> No
     together = draws(keys, counters)
     for i in range(3):
         assert draws(int(keys[i]), counters[i : i + 1])[0] == together[i]
+
+
+@given(lengths=st.lists(st.integers(0, 9), max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_streams_are_the_first_draws_under_each_key(lengths: list[int]) -> None:
+    keys = stream("keys", length=len(lengths))
+    joined = [
+        draw
+        for one, length in zip(keys.tolist(), lengths, strict=True)
+        for draw in draws(one, np.arange(length, dtype=np.uint64)).tolist()
+    ]
+    assert streams(keys, np.array(lengths, dtype=np.int64)).tolist() == joined
 
 
 @given(length=st.integers(0, 2000), seed=st.integers(0, 2**32))

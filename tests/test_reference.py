@@ -145,7 +145,7 @@ def many(vocabulary: Vocabulary, config: TextConfig, num_orders: int = 12) -> li
 @pytest.fixture(scope="module")
 def pieces(vocabulary: Vocabulary) -> list[Row]:
     """Return rows whose pieces are hidden one by one."""
-    return many(vocabulary, replace(REFERENCE, max_length=48, whole_words=False))
+    return many(vocabulary, replace(REFERENCE, max_length=48, masking="pieces"))
 
 
 def test_t4_the_coin_is_fair_where_it_is_tossed(pieces: list[Row]) -> None:

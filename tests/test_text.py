@@ -61,7 +61,7 @@ def test_t5_golden_rows_hold_for_ever(
 
 
 def hidden_tokens(vocabulary: Vocabulary, seed: int, epoch: int) -> set[tuple[int, int]]:
-    config = replace(SHORT, notnext_ratio=0.0, whole_words=False)
+    config = replace(SHORT, notnext_ratio=0.0, masking="pieces")
     found = set()
     for row in make(vocabulary, make_documents(120), config, seed=seed, epoch=epoch):
         for place in row.masked:
@@ -96,12 +96,12 @@ def test_t5_order_decides_partners_but_neither_cuts_nor_hidden_places_of_a(
 # What the model is given
 
 
-@pytest.mark.parametrize("whole_words", [True, False])
+@pytest.mark.parametrize("masking", ["words", "pieces"])
 @pytest.mark.parametrize("pairing", FATES)
 def test_a_batch_holds_every_value_of_its_rows(
-    vocabulary: Vocabulary, pairing: Pairing, whole_words: bool
+    vocabulary: Vocabulary, pairing: Pairing, masking: Any
 ) -> None:
-    config = TextConfig(max_length=40, pairing=pairing, whole_words=whole_words)
+    config = TextConfig(max_length=40, pairing=pairing, masking=masking)
     maker = TextRows(config, vocabulary)
     documents = [*make_documents(20), *from_texts("It")]
     table = maker.rows(documents, seed=0, order=0)
@@ -191,6 +191,7 @@ def test_no_documents_give_no_rows(vocabulary: Vocabulary, pairing: Pairing) -> 
         ({"mask_ratio": -0.1}, r"mask_ratio must be in 0\.\.1, got -0\.1"),
         ({"random_token_ratio": 0.3}, r"must be at most 1, got 0\.8 \+ 0\.3"),
         ({"short_ratio": 2.0}, r"short_ratio must be in 0\.\.1, got 2\.0"),
+        ({"pairing": "reference", "masking": "spans"}, "masking spans is not in BERT's own code"),
         (
             {"pairing": "reference", "notnext_ratio": 0.4},
             r"notnext_ratio is 0\.5 in reference pairing, which is BERT's own, got 0\.4",

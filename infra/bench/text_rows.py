@@ -1,37 +1,67 @@
 """How fast one core makes raw text into masked pairs, against HF `tokenizers` alone.
 
-    python -m infra.bench.text_rows samples/wikipedia
+    python -m infra.bench.text_rows samples/state-of-the-union
 
-Both run in this process on the same documents, in turn, several times; medians count. The ratio
-is what carries over to other machines.
+All of it runs in this process on the same documents, in turn, several times, on one thread; what
+counts are its CPU seconds and their medians. The ratio is what carries over to other machines.
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tokenizers
+from numpy.typing import NDArray
 
+from infra.bench.measure import cpu_seconds, in_turn, keep, rates, ratio
+from pipelines.data.batches import RowSource
 from pipelines.data.indexing import build
-from pipelines.data.manifest import Document
 from pipelines.data.masks import mask
+from pipelines.data.plan import OrderConfig, Plan
 from pipelines.data.randomness import draws
 from pipelines.data.sentences import split_sentences
 from pipelines.data.shards import find_shards
 from pipelines.data.text import TextRows
-from pipelines.data.vocabulary import train_vocabulary
+from pipelines.data.text_config import TextConfig
+from pipelines.data.vocabulary import Vocabulary, train_vocabulary
 from pipelines.recipes import text_mini
 
-RESULTS = Path(__file__).parent / "results"
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+MASKINGS: tuple[Literal["words", "pieces", "spans"], ...] = ("words", "pieces", "spans")
+ROW_LENGTHS = (64, 128, 512)
+
+
+class Corpus(NamedTuple):
+    """Raw shards as a run of the recipe text-mini reads them, all of them for training."""
+
+    plan: Plan
+    text: TextConfig
+    order: OrderConfig
+    vocabulary: Vocabulary
+
+    @property
+    def source(self) -> RowSource:
+        """What makes its rows: read, check the hash, split, tokenize, pair, mask, shuffle."""
+        return RowSource(self.plan, TextRows(self.text, self.vocabulary))
+
+    @property
+    def texts(self) -> list[str]:
+        """Its documents."""
+        return list(self.plan.manifest.texts("training"))
+
+    @property
+    def megabytes(self) -> float:
+        """The UTF-8 bytes of its documents, without the JSON around them."""
+        return sum(len(text.encode()) for text in self.plan.manifest.texts("training")) / 1e6
+
+    def make_rows(self) -> int:
+        """Make the rows of one epoch in this process; return how many."""
+        orders = range(self.plan.orders_per_epoch)
+        return sum(self.source.table(self.plan.order(n)).num_rows for n in orders)
 
 
 def main() -> None:
@@ -40,73 +70,71 @@ def main() -> None:
     parser.add_argument("data", nargs="+")
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    keep("text_rows", measure(open_corpus(given.data), given.repeats))
 
+
+def open_corpus(data: Sequence[str], vocabulary: Vocabulary | None = None) -> Corpus:
+    """Return the corpus of some shards, with a vocabulary trained on it if none is given."""
     config = text_mini()
     source = replace(config.source, heldout_ratio=0.0)
-    manifest = build(find_shards(given.data), source, lambda index, paths: [*map(index, paths)])
-    texts = list(manifest.texts("training"))
-    vocabulary = train_vocabulary(lambda: texts, config.vocabulary)
-    documents = [Document(i, i, text) for i, text in enumerate(texts)]
-    maker = TextRows(config.text, vocabulary)
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    rows = maker.rows(documents, seed=0, order=0)
-    nested = rows["input_ids"].combine_chunks()
-    flat, lengths = nested.flatten().to_numpy(), np.diff(nested.offsets.to_numpy()).astype(np.int64)
-    row_keys = draws(0, np.arange(len(lengths), dtype=np.uint64))
+    manifest = build(find_shards(data), source, lambda index, paths: [*map(index, paths)])
+    plan = Plan(manifest, config.seed, config.order.blocks_per_order)
+    if vocabulary is None:
+        vocabulary = train_vocabulary(lambda: manifest.texts("training"), config.vocabulary)
+    return Corpus(plan, config.text, config.order, vocabulary)
 
-    seconds = _measure(
-        given.repeats,
+
+def measure(corpus: Corpus, repeats: int) -> dict[str, Any]:
+    """Return the speed of the pure functions."""
+    texts, megabytes = corpus.texts, corpus.megabytes
+    tokenizer = corpus.vocabulary.tokenizer
+    seconds = in_turn(
+        repeats,
         {
-            "rows": lambda: maker.rows(documents, seed=0, order=0),
-            "tokenizers_alone": lambda: [*vocabulary.tokenizer.encode_batch_fast(texts)],
-            "sentences_alone": lambda: [split_sentences("en", text) for text in texts],
-            "masks_alone": lambda: mask(flat, lengths, row_keys, vocabulary, config.text),
+            "rows": lambda: cpu_seconds(corpus.make_rows),
+            "tokenizers": lambda: cpu_seconds(lambda: [*tokenizer.encode_batch_fast(texts)]),
+            "sentences": lambda: cpu_seconds(lambda: [split_sentences("en", t) for t in texts]),
         },
     )
-    result = {
-        "what": "raw text to masked pairs, one core, one process",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"tokenizers": tokenizers.__version__, "numpy": np.__version__},
-        "repeats": given.repeats,
-        "text_megabytes": round(megabytes, 2),
-        "rows_mb_per_second": _rates(megabytes, seconds["rows"]),
-        "tokenizers_alone_mb_per_second": _rates(megabytes, seconds["tokenizers_alone"]),
-        "sentences_alone_mb_per_second": _rates(megabytes, seconds["sentences_alone"]),
-        "masks_million_tokens_per_second": _rates(len(flat) / 1e6, seconds["masks_alone"]),
-        "rows_to_tokenizers_ratio": round(
-            statistics.median(
-                alone / made
-                for made, alone in zip(seconds["rows"], seconds["tokenizers_alone"], strict=True)
-            ),
-            3,
-        ),
-    }
-    text = json.dumps(result, indent=1)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"text_rows_{result['date']}.json").write_text(text + "\n")
-    print(text)
-
-
-def _measure(repeats: int, what: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Return the CPU seconds of each function, all of them in turn in every repeat."""
-    seconds: dict[str, list[float]] = {name: [] for name in what}
-    for _ in range(repeats):
-        for name, function in what.items():
-            start = time.process_time()
-            function()
-            seconds[name].append(time.process_time() - start)
-    return seconds
-
-
-def _rates(amount: float, seconds: list[float]) -> dict[str, float]:
-    rates = [amount / value for value in seconds]
     return {
-        "median": round(statistics.median(rates), 3),
-        "min": round(min(rates), 3),
-        "max": round(max(rates), 3),
+        "what": "raw text to masked pairs, CPU seconds of one process on one thread",
+        "repeats": repeats,
+        "text_megabytes": round(megabytes, 2),
+        "vocabulary": corpus.vocabulary.size,
+        "row_tokens": corpus.text.max_length,
+        "rows_mb_per_second": rates(megabytes, seconds["rows"]),
+        "tokenizers_alone_mb_per_second": rates(megabytes, seconds["tokenizers"]),
+        "sentences_alone_mb_per_second": rates(megabytes, seconds["sentences"]),
+        "rows_to_tokenizers_ratio": ratio(seconds["tokenizers"], seconds["rows"]),
+        "masks_million_tokens_per_second": {
+            f"rows of {length}": measure_masks(corpus, length, repeats) for length in ROW_LENGTHS
+        },
     }
+
+
+def measure_masks(corpus: Corpus, length: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Return the speed of each masking alone, on the rows of one epoch."""
+    flat, lengths = unmasked_rows(corpus, length)
+    keys = draws(0, np.arange(len(lengths), dtype=np.uint64))
+
+    calls: dict[str, Callable[[], float]] = {}
+    for masking in MASKINGS:
+        config = replace(corpus.text, masking=masking)
+        masked = partial(mask, flat, lengths, keys, corpus.vocabulary, config)
+        calls[masking] = partial(cpu_seconds, masked)
+    seconds = in_turn(repeats, calls)
+    return {masking: rates(len(flat) / 1e6, found) for masking, found in seconds.items()}
+
+
+def unmasked_rows(corpus: Corpus, length: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the flat tokens, and the length, of the rows of one epoch."""
+    shown = replace(corpus.text, max_length=length, mask_token_ratio=0.0, random_token_ratio=0.0)
+    source = corpus._replace(text=shown).source
+    orders = range(corpus.plan.orders_per_epoch)
+    columns = [source.table(corpus.plan.order(n))["input_ids"].combine_chunks() for n in orders]
+    flat = np.concatenate([column.flatten().to_numpy() for column in columns])
+    lengths = np.concatenate([np.diff(column.offsets.to_numpy()) for column in columns])
+    return flat, lengths.astype(np.int64)
 
 
 if __name__ == "__main__":

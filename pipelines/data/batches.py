@@ -168,6 +168,16 @@ def local_blocks(source: RowSource, config: OrderConfig, start: Cursor) -> Itera
             pending = [joined.slice(config.rows_per_block)]
 
 
+def ray_blocks(
+    source: RowSource, config: OrderConfig, start: Cursor, tasks: Sequence[range]
+) -> Iterator[pa.Table]:
+    """Yield the travelling blocks of some work orders, made by Ray Data, the last one cut short."""
+    blocks = dataset(ray.put(source), config, start, tasks)
+    blocks.context.execution_options.preserve_order = True
+    whole: Any = None  # a block as it travelled; Ray's annotation forgets the None
+    yield from blocks.iter_batches(batch_size=whole, batch_format="pyarrow")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rank:
     """One worker's place among the others."""

@@ -36,12 +36,29 @@ def draws(keys: int | Words64, counters: Words64) -> Words64:
     The output function of Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number
     Generators (SplitMix64).
     """
-    with np.errstate(over="ignore"):
-        state = np.asarray(keys, dtype=np.uint64) + (counters + np.uint64(1)) * _GOLDEN
-        state = (state ^ (state >> np.uint64(30))) * _FIRST
-        state = (state ^ (state >> np.uint64(27))) * _SECOND
-        mixed: Words64 = state ^ (state >> np.uint64(31))
-        return mixed
+    return _mixed(np.asarray(keys, dtype=np.uint64) + (counters + np.uint64(1)) * _GOLDEN)
+
+
+def streams(keys: Words64, lengths: NDArray[np.int64]) -> Words64:
+    """Return the first draws under each key, joined: `draws(keys[i], range(lengths[i]))`."""
+    start = (np.cumsum(lengths) - lengths).astype(np.uint64)
+    state = np.arange(1, int(lengths.sum()) + 1, dtype=np.uint64)
+    state *= _GOLDEN
+    state += np.repeat(keys - start * _GOLDEN, lengths)
+    return _mixed(state)
+
+
+def _mixed(state: Words64) -> Words64:
+    """Return the output of SplitMix64 for each state, in its place."""
+    shifted = state >> np.uint64(30)
+    state ^= shifted
+    state *= _FIRST
+    np.right_shift(state, np.uint64(27), out=shifted)
+    state ^= shifted
+    state *= _SECOND
+    np.right_shift(state, np.uint64(31), out=shifted)
+    state ^= shifted
+    return state
 
 
 def uniform(words: Words64) -> NDArray[np.float64]:

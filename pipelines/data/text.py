@@ -131,7 +131,7 @@ class TextRows:
             max_predictions=math.ceil(config.max_length * config.mask_ratio),
             short_ratio=config.short_probability,
             mask_ratio=config.mask_ratio,
-            whole_words=config.whole_words,
+            whole_words=config.masking == "words",
         )
 
     def _tokenize(self, documents: Sequence[Document]) -> Text:

@@ -43,8 +43,12 @@ class TextConfig:
     """Share of those that are replaced by [MASK]."""
     random_token_ratio: float = 0.1
     """Share of those that are replaced by a random piece; the rest stay as they are."""
-    whole_words: bool = True
-    """Choose words rather than pieces."""
+    masking: Literal["words", "pieces", "spans"] = "words"
+    """What is chosen: whole words, pieces, or runs of whole words."""
+    span_stop_ratio: float = 0.2
+    """Probability that a span ends after any of its words."""
+    span_max_words: int = 10
+    """Words of the longest span."""
 
     def __post_init__(self) -> None:
         if not 16 <= self.max_length <= 4096:
@@ -54,11 +58,17 @@ class TextConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {value}")
+        if not 0 < self.span_stop_ratio <= 1:
+            raise ValueError(f"span_stop_ratio must be in 0..1, not 0, got {self.span_stop_ratio}")
+        if not 1 <= self.span_max_words <= 255:
+            raise ValueError(f"span_max_words must be in 1..255, got {self.span_max_words}")
         if self.mask_token_ratio + self.random_token_ratio > 1:
             raise ValueError(
                 "mask_token_ratio + random_token_ratio must be at most 1, got "
                 f"{self.mask_token_ratio} + {self.random_token_ratio}"
             )
+        if self.pairing == "reference" and self.masking == "spans":
+            raise ValueError("masking spans is not in BERT's own code: choose words or pieces")
         for name, value in REFERENCE_RATIOS.items():
             if self.pairing == "reference" and getattr(self, name) != value:
                 raise ValueError(
