@@ -182,7 +182,7 @@ class TextRows:
         instances = make_instances(text.tokens, text.sentences, rng, self._numbers, self.vocabulary)
         made = [instance.pair for instance in instances]
         pairs = Pairs(
-            *(_segments(text, spans) for spans in ([p.a for p in made], [p.b for p in made]))
+            _segments(text, [pair.a for pair in made]), _segments(text, [pair.b for pair in made])
         )
         flat, lengths = _join(text.tokens, pairs, self.vocabulary)
         counts = np.array([len(instance.hidden) for instance in instances], dtype=np.int64)
