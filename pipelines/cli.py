@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from pipelines.errors import UserError, nearest
-from pipelines.verbs import Evaluate, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs import Embed, Evaluate, FillMask, Index, Samples, Verify, Vocab
 
 INTERRUPTED = 130
 
@@ -22,6 +22,7 @@ VERBS: dict[str, Any] = {
     "vocab": Vocab,
     "pretrain": None,
     "evaluate": Evaluate,
+    "embed": Embed,
     "fill-mask": FillMask,
     "verify": Verify,
 }
@@ -33,6 +34,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   vocab      train a vocabulary on raw shards
   pretrain   pretrain an encoder on raw shards, evaluate and register it
   evaluate   measure a run on its held-out documents
+  embed      embed the documents of raw shards into Parquet files with ids
   fill-mask  show what an encoder puts in the place of [MASK]
   verify     make every batch of a run anew and compare it with what was consumed
 

@@ -8,11 +8,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from pipelines.data.shards import SourceConfig
+
+if TYPE_CHECKING:
+    from pipelines.data.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +63,7 @@ class Index:
 
         with cluster(self.address, 2, verbose=False):
             manifest = index(self.data, self.source, self.out)
-        rows = [(fate, str(e.records), f"{e.bytes:,}") for fate, e in manifest.ledger.items()]
-        total = (
-            sum(e.records for e in manifest.ledger.values()),
-            sum(e.bytes for e in manifest.ledger.values()),
-        )
-        print_table(("", "records", "bytes"), [*rows, ("total", str(total[0]), f"{total[1]:,}")])
-        for entry in manifest.quarantined[:10]:
-            print(f"{entry.reason}  {entry.path} at byte {entry.offset}, {entry.bytes} bytes")
+        print_ledger(manifest)
         print(
             f"{len(manifest.shards)} shards, {len(manifest.blocks)} blocks, "
             f"fingerprint {manifest.fingerprint[:16]}"
@@ -107,6 +103,62 @@ class Vocab:
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
         return {"pieces": vocabulary.size, "out": str(self.out)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Embed every readable document of raw shards: Parquet files with ids, each made once."""
+
+    model: tyro.conf.Positional[str]
+    """models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders or quoted globs; --source.heldout-ratio keeps none of them out."""
+    out: Path
+    """Folder of the Parquet files; the same command goes on where it was killed."""
+    id_field: str = ""
+    """Field of a record that holds its id; without one an id is SHARD:RECORD, counted from 0."""
+    workers: int = 2
+    """Processes that hold the encoder, one CPU each; the files do not depend on it."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where the model is registered."""
+    address: str = ""
+    """Address of a Ray cluster; a local one is started without."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+
+    def run(self) -> dict[str, Any]:
+        """Print the ledger and how fast it went. Long documents are cut to the encoder's rows."""
+        from pipelines.cluster import cluster
+        from pipelines.run import index
+        from pipelines.use.bundle import manifest_sha256
+        from pipelines.use.embed import EmbedJob, embed
+        from pipelines.use.registry import load_encoder, pin, resolve
+
+        model = pin(self.model, self.tracking_uri)
+        bundle = resolve(model, self.tracking_uri)
+        encoder = load_encoder(str(bundle))
+        everything = dataclasses.replace(self.source, heldout_ratio=0.0)
+        with cluster(self.address, self.workers + 1, verbose=False):
+            job = EmbedJob(
+                encoder=encoder,
+                model=model,
+                bundle_sha256=manifest_sha256(bundle),
+                manifest=index(self.data, everything, self.out / ".manifest.json"),
+                out=self.out.resolve(),
+                id_field=self.id_field,
+            )
+            report = embed(job, self.workers)
+        print_ledger(job.manifest, "embedded")
+        print(
+            f"{report.documents} embeddings of {report.dimension} numbers by {model} in "
+            f"{report.files} files of {self.out}, {report.found_files} of them from before; "
+            f"{report.rows_per_second:.0f} documents/s"
+        )
+        return {
+            "model": model,
+            "fingerprint": job.manifest.fingerprint,
+            "ledger": {fate: vars(entry) for fate, entry in job.manifest.ledger.items()},
+            **dataclasses.asdict(report),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +227,20 @@ class Verify:
         else:
             print(f"FAIL: step {verdict.first_different_step} was not trained on as planned")
         return dataclasses.asdict(verdict)
+
+
+def print_ledger(manifest: "Manifest", training: str = "training") -> None:
+    """Print what became of the records of a corpus, and which are broken."""
+    rows = [
+        (training if fate == "training" else fate, str(entry.records), f"{entry.bytes:,}")
+        for fate, entry in manifest.ledger.items()
+    ]
+    entries = manifest.ledger.values()
+    num_records, num_bytes = sum(e.records for e in entries), sum(e.bytes for e in entries)
+    total = ("total", str(num_records), f"{num_bytes:,}")
+    print_table(("", "records", "bytes"), [*rows, total])
+    for broken in manifest.quarantined[:10]:
+        print(f"{broken.reason}  {broken.path} at byte {broken.offset}, {broken.bytes} bytes")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -39,6 +39,8 @@ BUNDLE_FOLDER = "encoder"
 REQUIREMENTS = ("rayssl", "mlflow", "numpy", "pydantic", "safetensors", "tokenizers", "torch")
 EXAMPLE_TEXT = "A sentence to embed."
 ROWS_PER_BATCH = 64
+CHARS_PER_TOKEN = 8
+"""So many characters of a text nearly always hold a token."""
 
 MODEL_NAME = re.compile(r"[\w.\- ]+")
 MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
@@ -69,22 +71,38 @@ class Encoder:
     def encode(self, texts: list[str]) -> NDArray[np.float32]:
         """Return the embeddings float32 (texts, hidden size), without dropout.
 
-        A text is cut to the longest row of the pretraining.
+        A text is cut to the longest row of the pretraining. Texts of like length share a batch.
         """
         encoder = self.config["objective"]["encoder"]
         rows = [
-            [self.vocabulary.cls, *ids[: encoder["max_length"] - 2].tolist(), self.vocabulary.sep]
-            for ids in self.vocabulary.encode(texts)
+            [self.vocabulary.cls, *ids.tolist(), self.vocabulary.sep]
+            for ids in self._first_ids(texts, encoder["max_length"] - 2)
         ]
-        features = [np.zeros((0, encoder["hidden_size"]), dtype=np.float32)]
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        features = np.zeros((len(rows), encoder["hidden_size"]), dtype=np.float32)
         was_training = self.objective.training
         self.objective.eval()
         with torch.no_grad():
             for start in range(0, len(rows), ROWS_PER_BATCH):
-                batch = self._batch(rows[start : start + ROWS_PER_BATCH])
-                features.append(self.objective.encode(batch).cpu().numpy())
+                alike = by_length[start : start + ROWS_PER_BATCH]
+                batch = self._batch([rows[i] for i in alike])
+                features[alike] = self.objective.encode(batch).cpu().numpy()
         self.objective.train(was_training)
-        return np.concatenate(features)
+        return features
+
+    def _first_ids(self, texts: list[str], limit: int) -> list[NDArray[Any]]:
+        """Return the first `limit` ids of each text, without tokenising all of a long one.
+
+        What stands before a space is tokenised the same, whatever follows it.
+        """
+        ends = [text.find(" ", limit * CHARS_PER_TOKEN) for text in texts]
+        found = self.vocabulary.encode(
+            [text if end < 0 else text[:end] for text, end in zip(texts, ends, strict=True)]
+        )
+        for i, end in enumerate(ends):
+            if end >= 0 and len(found[i]) < limit:  # long words, or much that is no token
+                found[i] = self.vocabulary.encode([texts[i]])[0]
+        return [ids[:limit] for ids in found]
 
     def _batch(self, rows: list[list[int]]) -> Batch:
         shape = len(rows), max(len(row) for row in rows)
@@ -147,14 +165,7 @@ def resolve(uri: str, tracking_uri: str) -> Path:
     if not uri.startswith("models:"):
         verify_bundle(Path(uri))
         return Path(uri)
-    match = MODEL_URI.fullmatch(uri)
-    if match is None:
-        raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
-    database = sqlite_path(tracking_uri)
-    if database is not None and not database.exists():
-        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
-    client = open_client(tracking_uri)
-    version = _find_version(client, uri, *match.groups())
+    client, version = _look_up(uri, tracking_uri)
     root = _download(client, version.name, version.version, tracking_uri)
     _refuse_code(root, uri)
     verify_bundle(root / BUNDLE_FOLDER)
@@ -163,6 +174,30 @@ def resolve(uri: str, tracking_uri: str) -> Path:
             f"manifest.json of {uri} is not what was registered: SHA-256 differs; register it anew"
         )
     return root / BUNDLE_FOLDER
+
+
+def pin(uri: str, tracking_uri: str) -> str:
+    """Return a URI that always means the same bytes: an alias becomes a version.
+
+    Raises:
+        BundleError: If the registry has no such model.
+    """
+    if not uri.startswith("models:"):
+        return str(Path(uri).resolve())
+    _, version = _look_up(uri, tracking_uri)
+    return f"models:/{version.name}/{version.version}"
+
+
+def _look_up(uri: str, tracking_uri: str) -> tuple[Any, Any]:
+    """Return a client of the registry, and the version that a models:/ URI means."""
+    match = MODEL_URI.fullmatch(uri)
+    if match is None:
+        raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
+    client = open_client(tracking_uri)
+    return client, _find_version(client, uri, *match.groups())
 
 
 def _find_version(client: Any, uri: str, name: str, alias: str | None, number: str | None) -> Any:
