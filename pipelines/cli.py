@@ -33,7 +33,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   index      read raw shards once and say what is in them
   vocab      train a vocabulary on raw shards
   pretrain   pretrain an encoder on raw shards, evaluate and register it
-  evaluate   measure a run on its held-out documents
+  evaluate   measure a run or a model on documents that it was not trained on
   embed      embed the documents of raw shards into Parquet files with ids
   fill-mask  show what an encoder puts in the place of [MASK]
   verify     make every batch of a run anew and compare it with what was consumed

@@ -4,8 +4,9 @@ A verb is a dataclass whose fields are its flags. `run` prints for people and re
 prints. What is heavy is imported in `run`, so that help and typos are answered at once.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from pipelines.data.shards import SourceConfig
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
+    from pipelines.use.evaluate import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,23 +166,58 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a run's newest commit on the documents that were held out from its training."""
+    """Measure a run's newest commit, or a model, on documents that it was not trained on."""
 
     name: tyro.conf.Positional[str]
-    """Name of the run."""
+    """Name of a run, models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
+    data: tuple[str, ...] = ()
+    """Files, folders or quoted globs, all of whose documents count as held out; without them a run
+    is measured on its own held-out documents."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where the model is registered."""
+    address: str = ""
+    """Address of a Ray cluster; for other data than a run's own a local one is started without."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """How --data is read."""
 
     def run(self) -> dict[str, Any]:
         """Print held-out figures beside what they have to beat."""
+        evaluation = self._of_model() if is_model(self.name) else self._of_run()
+        print("\n".join(evaluation.lines()))
+        return evaluation.metrics()
+
+    def _of_model(self) -> "Evaluation":
+        from pipelines.use.evaluate import evaluate_encoder
+        from pipelines.use.registry import load_encoder
+
+        if not self.data:
+            raise UserError(f"{self.name} holds no documents: name some with --data")
+        encoder = load_encoder(self.name, self.tracking_uri)
+        with self._indexed() as manifest:
+            return evaluate_encoder(encoder, manifest)
+
+    def _of_run(self) -> "Evaluation":
         from pipelines.run import load_run
         from pipelines.training.loop import load_objective
         from pipelines.use.evaluate import evaluate
 
         run = load_run(self.runs / self.name)
-        evaluation = evaluate(load_objective(run), run)
-        print("\n".join(evaluation.lines()))
-        return evaluation.metrics()
+        objective = load_objective(run)
+        if not self.data:
+            return evaluate(objective, run)
+        with self._indexed() as manifest:
+            return evaluate(objective, run, manifest)
+
+    @contextlib.contextmanager
+    def _indexed(self) -> "Iterator[Manifest]":
+        from pipelines.cluster import cluster
+        from pipelines.run import index
+
+        everything = dataclasses.replace(self.source, heldout_ratio=0.0)
+        with cluster(self.address, 2, verbose=False):
+            yield index(self.data, everything, self.runs / ".index" / "evaluate.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +265,11 @@ class Verify:
         else:
             print(f"FAIL: step {verdict.first_different_step} was not trained on as planned")
         return dataclasses.asdict(verdict)
+
+
+def is_model(name: str) -> bool:
+    """Return whether a name is a URI or a folder with a bundle; names of runs have no slash."""
+    return "/" in name or (Path(name) / "model.safetensors").is_file()
 
 
 def print_ledger(manifest: "Manifest", training: str = "training") -> None:
