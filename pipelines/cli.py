@@ -6,20 +6,23 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from pipelines.errors import UserError, nearest
 from pipelines.verbs import Embed, Evaluate, FillMask, Index, Samples, Verify, Vocab
 
-INTERRUPTED = 130
+if TYPE_CHECKING:
+    from pipelines.config import RunConfig
 
+INTERRUPTED = 130
 
 VERBS: dict[str, Any] = {
     "samples": Samples,
     "index": Index,
     "vocab": Vocab,
+    "preview": None,
     "pretrain": None,
     "evaluate": Evaluate,
     "embed": Embed,
@@ -32,6 +35,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   samples    fetch real sample text and write it as raw shards
   index      read raw shards once and say what is in them
   vocab      train a vocabulary on raw shards
+  preview    show what the model will see, before any training
   pretrain   pretrain an encoder on raw shards, evaluate and register it
   evaluate   measure a run or a model on documents that it was not trained on
   embed      embed the documents of raw shards into Parquet files with ids
@@ -74,31 +78,37 @@ def _run(verb: str, arguments: list[str]) -> dict[str, Any]:
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}.{nearest(verb, VERBS)}")
     if verb == "pretrain":
-        return _pretrain(arguments)
+        from pipelines.pretrain import pretrain
+
+        return pretrain(_config(verb, arguments))
+    if verb == "preview":
+        from pipelines.use.preview import preview
+
+        return preview(_config(verb, arguments))
     command = tyro.cli(VERBS[verb], args=arguments, prog=f"rayssl {verb}")
     result: dict[str, Any] = command.run()
     return result
 
 
-def _pretrain(arguments: list[str]) -> dict[str, Any]:
+def _config(verb: str, arguments: list[str]) -> "RunConfig":
+    """Return the config of a recipe and flags; without a recipe, list the recipes and exit."""
     from pipelines.config import RunConfig
-    from pipelines.pretrain import pretrain
     from pipelines.recipes import RECIPES, recipe
 
     if not arguments or arguments[0].startswith("-"):
-        print("usage: rayssl pretrain RECIPE --data PATTERNS... [--name NAME] [flags]\n")
+        print(f"usage: rayssl {verb} RECIPE --data PATTERNS... [--name NAME] [flags]\n")
         for name, make in RECIPES.items():
             print(f"  {name:12} {make.__doc__}")
-        print("\nrayssl pretrain RECIPE --help lists every flag and its value in that recipe.")
+        print(f"\nrayssl {verb} RECIPE --help lists every flag and its value in that recipe.")
         raise SystemExit(0 if arguments else 2)
     name, *flags = arguments
     config = tyro.cli(
         RunConfig,
         default=recipe(name),
         args=flags,
-        prog=f"rayssl pretrain {name}",
+        prog=f"rayssl {verb} {name}",
         description=RECIPES[name].__doc__,
     )
     if not config.name:
         config = dataclasses.replace(config, name=time.strftime(f"{name}-%Y%m%d-%H%M%S"))
-    return pretrain(config)
+    return config
