@@ -62,7 +62,7 @@ def draw(row: DrawnRow, vocabulary: Vocabulary, width: int) -> Iterator[Text]:
     for name, positions in segments.items():
         cells = [_cell(row, position, vocabulary, COLOURS[name]) for position in positions]
         for number, line in enumerate(_wrap(cells, width - MARGIN)):
-            upper = Text(f"  {'' if number else name:<2}", HEAD)
+            upper = Text("  ").append(" " if number else name, HEAD).append(" ")
             lower = Text(" " * 4)
             for cell in line:
                 gap = "" if cell.glued else " "

@@ -1,6 +1,6 @@
 """What the model will see, before any training: masked pairs, and a report of their quirks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -179,29 +179,25 @@ def _corpus_table(report: CorpusReport) -> Table:
 
 def _pair_table(reports: dict[str, PairReport]) -> Table:
     """Return the report of each pairing beside the others."""
-    table = _table("rows", *reports)
-    fates = dict.fromkeys(fate for report in reports.values() for fate in report.fates)
-    for fate in fates:
-        table.add_row(
-            fate,
-            *(
-                f"{report.fates[fate] / report.rows:.1%}" if fate in report.fates else ""
-                for report in reports.values()
-            ),
+    table = _table("pairing", *reports)
+    table.add_row("rows", *(f"{report.rows:,}" for report in reports.values()))
+    for fate in dict.fromkeys(fate for report in reports.values() for fate in report.fates):
+        shares = (
+            f"{report.fates[fate] / report.rows:.1%}" if fate in report.fates else ""
+            for report in reports.values()
         )
-    named: dict[str, Any] = {
+        table.add_row(f"  {fate}", *shares)
+    figures: dict[str, Callable[[PairReport], str]] = {
         "NotNext or swapped, of labelled rows": lambda r: f"{r.notnext_ratio:.1%}",
+        "  of them, B is of A's document or its copy": lambda r: f"{r.own_notnext_ratio:.1%}",
         "label forced, by no coin": lambda r: f"{r.forced_ratio:.1%}",
         "IsNext whose junction was cut away": lambda r: f"{r.cut_ratio:.1%}",
-        "NotNext or swapped within one document or its copy": lambda r: (
-            f"{r.own_notnext_ratio:.1%}"
-        ),
         "padding at max_length": lambda r: f"{r.padding_ratio:.1%}",
         "text tokens to be predicted": lambda r: f"{r.masked_ratio:.1%}",
         "times a token is used": lambda r: f"{r.repetition:.2f}",
         "tokens per epoch": lambda r: f"{r.tokens_per_epoch:,}",
         "steps per epoch": lambda r: f"{r.steps_per_epoch:,.1f}",
     }
-    for name, figure in named.items():
+    for name, figure in figures.items():
         table.add_row(name, *(figure(report) for report in reports.values()))
     return table
