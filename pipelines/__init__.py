@@ -13,9 +13,11 @@
     training/checkpoint.py  the commit log: what was trained, and where to go on
     training/tracking.py    metrics -> spool -> MLflow, without waiting and without loss
     use/evaluate.py         held-out documents -> figures beside what they have to beat
+    use/embed.py            documents -> Parquet files with ids, each written once
     use/registry.py         bundle -> registered model -> `load_encoder`
     use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back
 
-`pretrain.py` runs these stages, `use/verify.py` makes the batches anew and compares, and `cli.py`
+`pretrain.py` runs these stages, `use/preview.py` shows rows before any of them is trained on,
+`use/verify.py` makes the batches anew and compares, and `cli.py`
 is the command. Raw data and everything random are addressed, so all of it can be repeated.
 """

@@ -6,22 +6,27 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from pipelines.errors import UserError, nearest
-from pipelines.verbs import Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
+
+if TYPE_CHECKING:
+    from pipelines.config import RunConfig
+
 
 INTERRUPTED = 130
-
 
 VERBS: dict[str, Any] = {
     "samples": Samples,
     "index": Index,
     "vocab": Vocab,
+    "preview": None,
     "pretrain": None,
     "evaluate": Evaluate,
+    "embed": Embed,
     "fill-mask": FillMask,
     "export": Export,
     "verify": Verify,
@@ -32,8 +37,10 @@ HELP = """usage: rayssl VERB [flags] [--json]
   samples    fetch real sample text and write it as raw shards
   index      read raw shards once and say what is in them
   vocab      train a vocabulary on raw shards
+  preview    show what the model will see, before any training
   pretrain   pretrain an encoder on raw shards, evaluate and register it
-  evaluate   measure a run on its held-out documents
+  evaluate   measure a run or a model on documents that it was not trained on
+  embed      embed the documents of raw shards into Parquet files with ids
   fill-mask  show what an encoder puts in the place of [MASK]
   export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed
@@ -74,31 +81,37 @@ def _run(verb: str, arguments: list[str]) -> dict[str, Any]:
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}.{nearest(verb, VERBS)}")
     if verb == "pretrain":
-        return _pretrain(arguments)
+        from pipelines.pretrain import pretrain
+
+        return pretrain(_config(verb, arguments))
+    if verb == "preview":
+        from pipelines.use.preview import preview
+
+        return preview(_config(verb, arguments))
     command = tyro.cli(VERBS[verb], args=arguments, prog=f"rayssl {verb}")
     result: dict[str, Any] = command.run()
     return result
 
 
-def _pretrain(arguments: list[str]) -> dict[str, Any]:
+def _config(verb: str, arguments: list[str]) -> "RunConfig":
+    """Return the config of a recipe and flags; without a recipe, list the recipes and exit."""
     from pipelines.config import RunConfig
-    from pipelines.pretrain import pretrain
     from pipelines.recipes import RECIPES, recipe
 
     if not arguments or arguments[0].startswith("-"):
-        print("usage: rayssl pretrain RECIPE --data PATTERNS... [--name NAME] [flags]\n")
+        print(f"usage: rayssl {verb} RECIPE --data PATTERNS... [--name NAME] [flags]\n")
         for name, make in RECIPES.items():
             print(f"  {name:14} {str(make.__doc__).splitlines()[0]}")
-        print("\nrayssl pretrain RECIPE --help lists every flag and its value in that recipe.")
+        print(f"\nrayssl {verb} RECIPE --help lists every flag and its value in that recipe.")
         raise SystemExit(0 if arguments else 2)
     name, *flags = arguments
     config = tyro.cli(
         RunConfig,
         default=recipe(name),
         args=flags,
-        prog=f"rayssl pretrain {name}",
+        prog=f"rayssl {verb} {name}",
         description=RECIPES[name].__doc__,
     )
     if not config.name:
         config = dataclasses.replace(config, name=time.strftime(f"{name}-%Y%m%d-%H%M%S"))
-    return pretrain(config)
+    return config

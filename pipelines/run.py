@@ -1,7 +1,6 @@
 """The folder of a run: its record, its manifest, its vocabulary, and who may write to it."""
 
 import contextlib
-import fcntl
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pipelines.data.shards import SourceConfig, find_shards, identity
 from pipelines.data.text import TextRows
 from pipelines.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
 from pipelines.errors import DataError, UserError, nearest
-from pipelines.storage import sha256_of, write_json, write_text
+from pipelines.storage import held, sha256_of, write_json, write_text
 from pipelines.training.checkpoint import CommitLog
 from pipelines.training.start import commit_start, load_start
 
@@ -62,19 +61,11 @@ def locked(config: RunConfig) -> Iterator[Path]:
         UserError: If another process trains this run, or the folder cannot be written.
     """
     run_dir = Path(config.runs) / config.name
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "lock").open("a")
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose --runs") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"run {config.name!r} is being trained by another process; "
-                "wait for it, or choose another --name"
-            ) from error
+    busy = (
+        f"run {config.name!r} is being trained by another process; "
+        "wait for it, or choose another --name"
+    )
+    with held(run_dir, busy):
         yield run_dir
 
 

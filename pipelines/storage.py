@@ -1,23 +1,50 @@
-"""Files that are whole or not there: written aside, synced, then renamed."""
+"""Files that are whole or not there: written aside, synced, then renamed; folders that are held."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that a crash leaves either old or new."""
+
+@contextlib.contextmanager
+def held(folder: Path, busy: str) -> Iterator[None]:
+    """Hold a folder, made where there is none; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: With the message `busy` if another process holds it, or if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(busy) from error
+        yield
+
+
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Write a file that a crash leaves either old or new; `fill` writes the one it is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    fill(aside)
+    _sync(aside)
     aside.replace(path)
     _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that a crash leaves either old or new."""
+    write_file(path, lambda aside: aside.write_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,15 +4,22 @@ A verb is a dataclass whose fields are its flags. `run` prints for people and re
 prints. What is heavy is imported in `run`, so that help and typos are answered at once.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from pipelines.data.shards import SourceConfig
+from pipelines.errors import UserError
 from pipelines.tables import table
+
+if TYPE_CHECKING:
+    from pipelines.data.manifest import Manifest
+    from pipelines.use.evaluate import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +66,12 @@ class Index:
     def run(self) -> dict[str, Any]:
         """Print the ledger of a corpus."""
         from pipelines.cluster import cluster
-        from pipelines.data.gate import check, ledger_table, place_of
+        from pipelines.data.gate import check
         from pipelines.run import index
 
         with cluster(self.address, 2, verbose=False):
             manifest = index(self.data, self.source, self.out)
-        print(ledger_table(manifest.ledger))
-        for entry in manifest.quarantined[:10]:
-            print(place_of(entry))
+        print_ledger(manifest)
         print(
             f"{len(manifest.shards)} shards, {len(manifest.blocks)} blocks, "
             f"fingerprint {manifest.fingerprint[:16]}",
@@ -113,24 +118,121 @@ class Vocab:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Embed every readable document of raw shards: Parquet files with ids, each made once."""
+
+    model: tyro.conf.Positional[str]
+    """models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders or quoted globs; --source.heldout-ratio keeps none of them out."""
+    out: Path
+    """Folder of the Parquet files; the same command goes on where it was killed."""
+    id_field: str = ""
+    """Field of a record that holds its id; without one an id is SHARD:RECORD, counted from 0."""
+    workers: int = 2
+    """Processes that hold the encoder, one CPU each; the files do not depend on it."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where the model is registered."""
+    address: str = ""
+    """Address of a Ray cluster; a local one is started without."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+
+    def run(self) -> dict[str, Any]:
+        """Print the ledger and how fast it went. Long documents are cut to the encoder's rows."""
+        from pipelines.cluster import cluster
+        from pipelines.data.gate import check
+        from pipelines.run import index
+        from pipelines.use.bundle import manifest_sha256
+        from pipelines.use.embed import EmbedJob, embed
+        from pipelines.use.registry import load_encoder, pin, resolve
+
+        model = pin(self.model, self.tracking_uri)
+        bundle = resolve(model, self.tracking_uri)
+        encoder = load_encoder(str(bundle))
+        everything = dataclasses.replace(self.source, heldout_ratio=0.0)
+        with cluster(self.address, self.workers + 1, verbose=False):
+            manifest = index(self.data, everything, self.out / ".manifest.json")
+            check(manifest)
+            job = EmbedJob(
+                encoder=encoder,
+                model=model,
+                bundle_sha256=manifest_sha256(bundle),
+                manifest=manifest,
+                out=self.out.resolve(),
+                id_field=self.id_field,
+            )
+            report = embed(job, self.workers)
+        print_ledger(job.manifest, "embedded")
+        print(
+            f"{report.documents} embeddings of {report.dimension} numbers by {model} in "
+            f"{report.files} files of {self.out}, {report.found_files} of them from before; "
+            f"{report.rows_per_second:.0f} documents/s"
+        )
+        return {
+            "model": model,
+            "fingerprint": job.manifest.fingerprint,
+            "ledger": {fate: vars(entry) for fate, entry in job.manifest.ledger.items()},
+            **dataclasses.asdict(report),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a run's newest commit on the documents that were held out from its training."""
+    """Measure a run's newest commit, or a model, on documents that it was not trained on."""
 
     name: tyro.conf.Positional[str]
-    """Name of the run."""
+    """Name of a run, models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
+    data: tuple[str, ...] = ()
+    """Files, folders or quoted globs, all of whose documents count as held out; without them a run
+    is measured on its own held-out documents."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where the model is registered."""
+    address: str = ""
+    """Address of a Ray cluster; for other data than a run's own a local one is started without."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """How --data is read."""
 
     def run(self) -> dict[str, Any]:
         """Print held-out figures beside what they have to beat."""
+        evaluation = self._of_model() if is_model(self.name) else self._of_run()
+        print("\n".join(evaluation.lines()))
+        return evaluation.metrics()
+
+    def _of_model(self) -> "Evaluation":
+        from pipelines.use.evaluate import evaluate_encoder
+        from pipelines.use.registry import load_encoder
+
+        if not self.data:
+            raise UserError(f"{self.name} holds no documents: name some with --data")
+        encoder = load_encoder(self.name, self.tracking_uri)
+        with self._indexed() as manifest:
+            return evaluate_encoder(encoder, manifest)
+
+    def _of_run(self) -> "Evaluation":
         from pipelines.run import load_run
         from pipelines.training.loop import load_objective
         from pipelines.use.evaluate import evaluate
 
         run = load_run(self.runs / self.name)
-        evaluation = evaluate(load_objective(run), run)
-        print("\n".join(evaluation.lines()))
-        return evaluation.metrics()
+        objective = load_objective(run)
+        if not self.data:
+            return evaluate(objective, run)
+        with self._indexed() as manifest:
+            return evaluate(objective, run, manifest)
+
+    @contextlib.contextmanager
+    def _indexed(self) -> "Iterator[Manifest]":
+        from pipelines.cluster import cluster
+        from pipelines.data.gate import check
+        from pipelines.run import index
+
+        everything = dataclasses.replace(self.source, heldout_ratio=0.0)
+        with cluster(self.address, 2, verbose=False):
+            manifest = index(self.data, everything, self.runs / ".index" / "evaluate.json")
+            check(manifest)
+            yield manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +307,18 @@ class Verify:
         else:
             print(f"FAIL: step {verdict.first_different_step} was not trained on as planned")
         return dataclasses.asdict(verdict)
+
+
+def is_model(name: str) -> bool:
+    """Return whether a name is a URI or a folder with a model; names of runs have no slash."""
+    return "/" in name or (Path(name) / "model.safetensors").is_file()
+
+
+def print_ledger(manifest: "Manifest", training: str = "training") -> None:
+    """Print what became of the records of a corpus, and which are broken."""
+    from pipelines.data.gate import ledger_table, place_of
+
+    fates = manifest.ledger.items()
+    print(ledger_table({training if fate == "training" else fate: e for fate, e in fates}))
+    for entry in manifest.quarantined[:10]:
+        print(place_of(entry))

@@ -139,7 +139,7 @@ def test_pretrain_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]
         (["pretrian"], "no verb 'pretrian'. Did you mean 'pretrain'?"),
         (["pretrain", "text-tny"], "no recipe 'text-tny'. Did you mean 'text-tiny'?"),
         (["samples", "wikipdia"], "no sample 'wikipdia'. Did you mean 'wikipedia'?"),
-        (["zzz"], "no verb 'zzz'. Known: evaluate, export, fill-mask, index, "),
+        (["zzz"], "no verb 'zzz'. Known: embed, evaluate, export, fill-mask, "),
     ],
 )
 def test_a_mistyped_name_gets_the_nearest_right_one(
@@ -214,7 +214,11 @@ def test_a_missing_path_is_named(
 
 @pytest.mark.parametrize(
     ("group", "wrong", "right"),
-    [(None, "stepz", "steps"), ("order", "slotz", "order.slots"), ("text", "max", "text.max_")],
+    [
+        (None, "stepz", "steps"),
+        ("order", "slotz", "order.slots"),
+        ("text", "max_lenght", "text.max_length"),
+    ],
 )
 def test_an_unknown_recorded_key_gets_the_nearest_right_one(
     edited: Callable[[Callable[[Any], None]], list[str]],

@@ -130,9 +130,7 @@ def dataset(
     tasks: Sequence[range],
 ) -> ray.data.Dataset:
     """Return the Ray Dataset of travelling blocks: rows of `rows_per_block`, in stream order."""
-    # With fewer blocks than tasks Ray would cut ours.
-    numbers = ray.data.read_datasource(_OrderNumbers(tasks), override_num_blocks=len(tasks))
-    rows = numbers.map_batches(
+    rows = numbered_blocks(tasks).map_batches(
         _make_rows,
         batch_size=None,
         batch_format="pyarrow",
@@ -143,6 +141,15 @@ def dataset(
         target_num_rows_per_block=config.rows_per_block, strict=True
     )
     return blocks
+
+
+def numbered_blocks(tasks: Sequence[Sequence[int]]) -> Any:
+    """Return a `ray.data.Dataset` of one block for each number, in the column `number`.
+
+    `tasks` are the numbers of each read task.
+    """
+    # With fewer blocks than tasks Ray would cut ours.
+    return ray.data.read_datasource(_Numbers(tasks), override_num_blocks=len(tasks))
 
 
 def read_tasks(start: Cursor, num_rows: int, rows_per_order: float) -> list[range]:
@@ -266,10 +273,10 @@ def _count_fates(parts: Iterable[pa.Table], num_fates: int) -> NDArray[np.int64]
     return np.bincount(fates, minlength=num_fates)
 
 
-class _OrderNumbers(Datasource):
-    """Read tasks that yield one block for each work order, holding its number."""
+class _Numbers(Datasource):
+    """Read tasks that yield one block for each number."""
 
-    def __init__(self, tasks: Sequence[range]) -> None:
+    def __init__(self, tasks: Sequence[Sequence[int]]) -> None:
         Datasource.__init__(self)
         self._tasks = tasks
 
@@ -280,10 +287,10 @@ class _OrderNumbers(Datasource):
         return [_read_task(task) for task in self._tasks]
 
 
-def _read_task(numbers: range) -> ReadTask:
+def _read_task(numbers: Sequence[int]) -> ReadTask:
     def read() -> Iterator[pa.Table]:
         for number in numbers:
-            yield pa.table({"order": pa.array([number], pa.int64())})
+            yield pa.table({"number": pa.array([number], pa.int64())})
 
     size = len(numbers)
     metadata = BlockMetadata(num_rows=size, size_bytes=8 * size, input_files=None, exec_stats=None)
@@ -295,7 +302,7 @@ def _make_rows(
 ) -> pa.Table:
     source = _fetch(source_ref)
     tables = []
-    for number in numbers["order"].to_pylist():
+    for number in numbers["number"].to_pylist():
         made = source.table(source.plan.order(number))
         tables.append(made.slice(start.row) if number == start.order else made)
     return pa.concat_tables(tables)

@@ -1,28 +1,47 @@
-"""What a text encoder has learned, on held-out documents, beside what it has to beat."""
+"""What a text encoder has learned, on held-out documents, beside what it has to beat.
+
+Memory is bounded: documents come order by order, and only counts are kept of their rows.
+"""
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
-from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
+from pipelines.cluster import parallel_map
+from pipelines.data.batches import ArrayBatch, RowSource
+from pipelines.data.manifest import Document, Manifest, Split
+from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
+from pipelines.data.text_config import TextConfig
 from pipelines.errors import DataError
 from pipelines.run import Run
+from pipelines.use.baselines import Counts, bootstrap, length_accuracy, unigram_loss
+from pipelines.use.bundle import BundleError
+from pipelines.use.registry import Encoder
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.objective import Objective
 
 PASSES = 4
-"""How often the held-out documents are cut, paired and masked anew."""
+"""How often the documents are cut, paired and masked anew."""
+MAX_DOCUMENTS = 20_000
+"""Of more documents every n-th block is evaluated."""
+ORDER_CHARS = 4_000_000
+"""Documents are paired among so many characters of text."""
+GROUPS = 1024
+"""The bootstrap draws documents, or so many groups of them."""
 ROWS_PER_BATCH = 64
-NUM_RESAMPLES = 2000
-LENGTH_BIN = 4
+ROWS_PER_COUNT = 1024
 TRAINING_ORDERS = 8
-"""Work orders of training rows that the length classifier learns from."""
+"""Work orders of training rows that the baselines learn from; a small corpus has no more."""
+TASKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +62,12 @@ class Evaluation:
     """95 % interval by bootstrap over documents."""
     nsp_length_accuracy: float
     """Accuracy of a classifier that sees only the lengths of A and B."""
+    all_documents: int
+    """Held-out documents, those left out included."""
+    also_trained: int = 0
+    """Documents left out because they were trained on."""
+    own_baselines: bool = False
+    """Whether the baselines learned from the evaluated documents, for want of the training ones."""
 
     def metrics(self) -> dict[str, float]:
         """Return the figures by the names they are logged under, but for what no pair gave."""
@@ -54,133 +79,235 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """Return the figures in words."""
+        sampled = f" of {self.all_documents}" if self._num_sampled_out else ""
+        own = " in these same documents, a stronger baseline," if self.own_baselines else ""
+        lines = [
+            f"on {self.documents}{sampled} held-out documents:",
+            f"  masked tokens: loss {self.mlm_loss:.3f} where word frequencies alone{own} give "
+            f"{self.unigram_loss:.3f}; accuracy {self.mlm_accuracy:.1%}",
+            self._pairs_line(),
+        ]
+        if self.also_trained:
+            num_seen = self.documents + self.also_trained
+            lines.insert(
+                0, f"{self.also_trained} of {num_seen} documents were also trained on: left out"
+            )
+        return lines
+
+    @property
+    def _num_sampled_out(self) -> int:
+        return self.all_documents - self.documents - self.also_trained
+
+    def _pairs_line(self) -> str:
+        if not self.nsp_pairs:
+            alone = "one document has no other to exchange segments with"
+            return f"  pairs: no figures, {alone if self.documents == 1 else 'no pair has a label'}"
         low, high = self.nsp_accuracy_low, self.nsp_accuracy_high
         beaten = low > max(0.5, self.nsp_length_accuracy)
-        masked_tokens = [
-            f"on {self.documents} held-out documents:",
-            f"  masked tokens: loss {self.mlm_loss:.3f} where word frequencies alone give "
-            f"{self.unigram_loss:.3f}; accuracy {self.mlm_accuracy:.1%}",
-        ]
-        if not self.nsp_pairs:
-            return masked_tokens
-        return [
-            *masked_tokens,
+        return (
             f"  next sentence: accuracy {self.nsp_accuracy:.1%}, 95 % interval {low:.1%} to "
             f"{high:.1%} over {self.nsp_pairs} pairs; lengths alone give "
-            f"{self.nsp_length_accuracy:.1%}" + ("" if beaten else ": not above chance"),
-        ]
+            f"{self.nsp_length_accuracy:.1%}" + ("" if beaten else ": not above chance")
+        )
 
 
-def evaluate(objective: Objective, run: Run) -> Evaluation:
-    """Return the figures of a trained objective on the held-out documents of its run.
+def evaluate(objective: Objective, run: Run, data: Manifest | None = None) -> Evaluation:
+    """Return the figures of a run's objective on its held-out documents, or on other data.
+
+    Other data is one manifest with nothing held out, and needs Ray; what of it the run was
+    trained on is left out. The baselines learn from the first work orders of the training.
 
     Raises:
-        DataError: If no document is held out.
+        DataError: If no document is left to evaluate on.
     """
-    assert isinstance(objective, MaskedLanguage)
-    source, maker = run.source, run.source.maker
+    maker = run.source.maker
     assert isinstance(maker, TextRows)
-    documents = [
-        document
-        for block in run.manifest.blocks_of("heldout")
-        for document in run.manifest.read(block, "heldout")
-    ]
-    if not documents:
-        raise DataError("no document is held out; set --source.heldout-ratio above 0")
-    rows = pa.concat_tables(
-        # A seed that no run can have: training rows never share a draw with these.
-        [
-            maker.rows([document._replace(visit=i) for document in documents], seed=-1, order=i)
-            for i in range(PASSES)
-        ]
-    ).combine_chunks()
-    means, nsp_correct = _measure(objective, maker, rows)
-    paired = rows["nsp_label"].to_numpy() != IGNORED
-    labels, records = (rows[name].to_numpy()[paired] for name in ("nsp_label", "a_record"))
-    low, high = _bootstrap(nsp_correct[paired], records)
-    training = pa.concat_tables(
-        [
-            source.table(source.plan.order(number))
-            for number in range(min(TRAINING_ORDERS, source.plan.orders_per_epoch))
-        ]
-    )
-    by_length = _length_classifier(
-        training.filter(pa.compute.not_equal(training["nsp_label"], IGNORED))
-    )
+    held = _Held(run.manifest, "heldout")
+    if data is not None:
+        held = _without_copies(_Held(data, "training"), run.manifest)
+    measured = _measure(objective, maker, held, folds=1)
+    return _figures(measured, held, [_training_counts(run.source, maker)])
+
+
+def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
+    """Return the figures of an encoder without its run, on data that it was not trained on.
+
+    The frequencies of words are those of the evaluated documents. The classifier by lengths is
+    cross-fitted: documents are dealt into two halves that exchange no segments, and each is told
+    by what the other half taught.
+
+    Raises:
+        BundleError: If the bundle does not tell how its rows were made.
+    """
+    try:
+        config = TypeAdapter(TextConfig).validate_python(encoder.config.get("text"), extra="forbid")
+    except ValidationError as error:
+        said = str(error).splitlines()[2].strip()
+        raise BundleError(
+            f"config.json: text: {said}; the bundle does not tell how its rows were made: "
+            "register it anew"
+        ) from error
+    held = _Held(data, "training")
+    maker = TextRows(config, encoder.vocabulary)
+    measured = _measure(encoder.objective, maker, held, folds=2)
+    evaluation = _figures(measured, held, measured.folds[::-1])
+    return replace(evaluation, own_baselines=True)
+
+
+class _Held(NamedTuple):
+    """The documents to evaluate on."""
+
+    manifest: Manifest
+    split: Split
+    left_out: frozenset[int] = frozenset()
+    """Content of documents that are not evaluated on."""
+    num_left_out: int = 0
+
+    @property
+    def num_documents(self) -> int:
+        return self.manifest.records_where(self.split)
+
+    def documents(self) -> Iterator[Document]:
+        stride = -(-self.num_documents // MAX_DOCUMENTS) or 1
+        for number in self.manifest.blocks_of(self.split)[::stride]:
+            yield from self.manifest.read(number, self.split)
+
+
+class _Measured(NamedTuple):
+    """What is kept of the rows."""
+
+    sums: dict[str, Any]
+    """(sum, weight) of each metric."""
+    folds: list[Counts]
+    right: Any
+    pairs: Ints
+    """Labelled pairs, and those told right, of each group of documents."""
+    documents: int
+
+
+def _figures(measured: _Measured, held: _Held, learned: list[Counts]) -> Evaluation:
+    num_kept, num_pairs = measured.documents, int(measured.pairs.sum())
+    means = {
+        name: float(total[0] / total[1]) for name, total in measured.sums.items() if total[1] > 0
+    }
+    low, high = bootstrap(measured.right, measured.pairs)
     return Evaluation(
-        documents=len(documents),
+        documents=num_kept,
         mlm_loss=means["mlm_loss"],
         mlm_accuracy=means["mlm_accuracy"],
         entropy=means["entropy"],
         p_true=means["p_true"],
-        unigram_loss=_unigram_loss(run, rows),
-        nsp_pairs=int(paired.sum()),
-        nsp_accuracy=_share(nsp_correct[paired]),
+        unigram_loss=unigram_loss(
+            np.sum([counts.tokens for counts in learned], axis=0),
+            np.sum([counts.targets for counts in measured.folds], axis=0),
+        ),
+        nsp_pairs=num_pairs,
+        nsp_accuracy=float(measured.right.sum()) / num_pairs if num_pairs else math.nan,
         nsp_accuracy_low=low,
         nsp_accuracy_high=high,
-        nsp_length_accuracy=_share(by_length[_length_bins(rows.filter(paired))] == labels),
+        nsp_length_accuracy=length_accuracy(learned, measured.folds),
+        all_documents=held.num_documents,
+        also_trained=held.num_left_out,
     )
 
 
-def _measure(
-    objective: MaskedLanguage, maker: TextRows, rows: pa.Table
-) -> tuple[dict[str, float], NDArray[np.bool_]]:
-    """Return the mean of every metric, and for each row whether its label was told."""
-    totals: dict[str, Any] = {}
-    correct: list[NDArray[np.bool_]] = []
+def _measure(objective: Objective, maker: TextRows, held: _Held, folds: int) -> _Measured:
+    """Give the rows of every order to the objective.
+
+    Raises:
+        DataError: If there is no document.
+    """
+    assert isinstance(objective, MaskedLanguage)
+    sums: dict[str, Any] = {}
+    counts = [Counts(maker) for _ in range(folds)]
+    right, pairs = np.zeros(GROUPS), np.zeros(GROUPS, dtype=np.int64)
+    num_documents = 0
     objective.eval()
+    for number, (fold, documents) in enumerate(_orders(held, folds)):
+        for part in _rows(maker, documents, number):
+            batch = maker.collate(part)
+            counts[fold].add(batch)
+            told = _give(objective, batch, sums)
+            labelled = batch["nsp_labels"] != IGNORED
+            correct = (told == batch["nsp_labels"])[labelled]
+            records = np.array([document.record for document in documents])
+            place = np.searchsorted(records, part["a_record"].to_numpy()[labelled])
+            group = (num_documents + place) % GROUPS
+            right += np.bincount(group, weights=correct, minlength=GROUPS)
+            pairs += np.bincount(group, minlength=GROUPS)
+        num_documents += len(documents)
+    if not num_documents:
+        raise DataError(
+            "every document was also trained on: name other --data"
+            if held.left_out
+            else "no document is held out; set --source.heldout-ratio above 0"
+        )
+    return _Measured(sums, counts, right, pairs, num_documents)
+
+
+def _give(objective: MaskedLanguage, batch: ArrayBatch, sums: dict[str, Any]) -> Any:
+    """Add to the sums of the metrics; return the label that is told for each row."""
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
     with torch.no_grad():
-        for part in _parts(rows):
-            arrays = maker.collate(part)
-            batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            for name, pair in objective(batch).metrics.items():
-                totals[name] = totals.get(name, 0) + torch.stack(pair)
-            told = objective.nsp_logits(batch).argmax(dim=1).numpy()
-            correct.append(told == arrays["nsp_labels"])
-    means = {name: float(total[0] / total[1]) for name, total in totals.items() if total[1] > 0}
-    return means, np.concatenate(correct)
+        for name, pair in objective(tensors).metrics.items():
+            sums[name] = sums.get(name, 0) + torch.stack(pair).double()
+        return objective.nsp_logits(tensors).argmax(dim=1).numpy()
 
 
-def _parts(rows: pa.Table) -> Iterator[pa.Table]:
-    for start in range(0, rows.num_rows, ROWS_PER_BATCH):
-        yield rows.slice(start, ROWS_PER_BATCH).combine_chunks()
+def _orders(held: _Held, folds: int) -> Iterator[tuple[int, list[Document]]]:
+    """Yield documents that are paired with each other, and their fold; dealt out in turn."""
+    waiting: list[list[Document]] = [[] for _ in range(folds)]
+    num_chars = [0] * folds
+    kept = (document for document in held.documents() if document.content not in held.left_out)
+    for number, document in enumerate(kept):
+        fold = number % folds
+        waiting[fold].append(document)
+        num_chars[fold] += len(document.text)
+        if num_chars[fold] >= ORDER_CHARS:
+            yield fold, waiting[fold]
+            waiting[fold], num_chars[fold] = [], 0
+    for fold, documents in enumerate(waiting):
+        if documents:
+            yield fold, documents
 
 
-def _unigram_loss(run: Run, rows: pa.Table) -> float:
-    """Return the mean surprise of the held-out targets under training frequencies plus one."""
-    counts = np.ones(run.vocabulary.size)
-    for text in run.manifest.texts("training"):
-        counts += np.bincount(run.vocabulary.encode([text])[0], minlength=run.vocabulary.size)
-    targets = rows["masked_ids"].combine_chunks().flatten().to_numpy()
-    return float(-np.log(counts / counts.sum())[targets].mean())
+def _rows(maker: TextRows, documents: Sequence[Document], number: int) -> Iterator[pa.Table]:
+    """Yield the rows of an order, made anew in each pass, a batch at a time."""
+    for i in range(PASSES):
+        visited = [document._replace(visit=i) for document in documents]
+        # A seed that no run can have: training rows never share a draw with these.
+        rows = maker.rows(visited, seed=-1, order=number * PASSES + i)
+        yield from _parts(rows, ROWS_PER_BATCH)
 
 
-def _share(correct: NDArray[np.bool_]) -> float:
-    """Return the share that is right; NaN where there is nothing to judge."""
-    return float(correct.mean()) if len(correct) else math.nan
+def _parts(rows: pa.Table, size: int) -> Iterator[pa.Table]:
+    for start in range(0, rows.num_rows, size):
+        yield rows.slice(start, size).combine_chunks()
 
 
-def _bootstrap(correct: NDArray[np.bool_], documents: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the 95 % interval of `_share` when documents are drawn anew."""
-    if not len(correct):
-        return math.nan, math.nan
-    _, index = np.unique(documents, return_inverse=True)
-    right, pairs = np.bincount(index, weights=correct), np.bincount(index)
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(NUM_RESAMPLES, len(pairs)))
-    accuracies = right[drawn].sum(axis=1) / pairs[drawn].sum(axis=1)
-    low, high = np.quantile(accuracies, [0.025, 0.975])
-    return float(low), float(high)
+def _training_counts(source: RowSource, maker: TextRows) -> Counts:
+    counts = Counts(maker)
+    for number in range(min(TRAINING_ORDERS, source.plan.orders_per_epoch)):
+        for part in _parts(source.table(source.plan.order(number)), ROWS_PER_COUNT):
+            counts.add(maker.collate(part))
+    return counts
 
 
-def _length_bins(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    a_length = rows["a_length"].to_numpy().astype(np.int64)
-    b_length = pa.compute.list_value_length(rows["input_ids"]).to_numpy() - a_length
-    return a_length // LENGTH_BIN, b_length // LENGTH_BIN
+def _without_copies(held: _Held, manifest: Manifest) -> _Held:
+    """Leave out what is also a training document of a manifest, which is read in parallel."""
+    contents = [document.content for document in held.documents()]
+    told = ray.put((manifest, frozenset(contents)))
+    blocks = np.array(manifest.blocks_of("training"))
+    parts = [part.tolist() for part in np.array_split(blocks, min(len(blocks), TASKS))]
+    copies = frozenset[int]().union(*parallel_map(partial(_found, told), parts))
+    return held._replace(
+        left_out=copies, num_left_out=sum(content in copies for content in contents)
+    )
 
 
-def _length_classifier(rows: pa.Table) -> NDArray[np.int64]:
-    """Return the more frequent label for each bin of (length of A, length of B)."""
-    votes = np.zeros((2, 4096 // LENGTH_BIN, 4096 // LENGTH_BIN), dtype=np.int64)
-    np.add.at(votes, (rows["nsp_label"].to_numpy(), *_length_bins(rows)), 1)
-    labels: NDArray[np.int64] = votes.argmax(axis=0)
-    return labels
+def _found(
+    told: "ray.ObjectRef[tuple[Manifest, frozenset[int]]]", blocks: Sequence[int]
+) -> set[int]:
+    manifest, wanted = ray.get(told)
+    read = (document for number in blocks for document in manifest.read(number, "training"))
+    return {document.content for document in read} & wanted

@@ -1,0 +1,284 @@
+"""Documents to embeddings: Parquet files with ids, each written once, whatever is killed.
+
+    manifest -> units of whole blocks -> Ray Data -> workers that hold the encoder -> a file a unit
+
+A unit and the batches in it depend on the manifest alone, so the files do not tell how many
+workers made them, or how often they died.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+
+from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
+from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
+from pipelines.data.filesystems import join
+from pipelines.data.manifest import Document, Manifest
+from pipelines.data.records import Form
+from pipelines.data.shards import records_from
+from pipelines.errors import DataError, UserError
+from pipelines.storage import held, write_file
+from pipelines.use.registry import Encoder
+
+PREFIX = "rayssl."
+"""Of the keys in the schema of a file."""
+NAMES = pa.schema({"id": pa.string(), "shard": pa.string(), "record": pa.int64()})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EmbedJob:
+    """What every worker is told."""
+
+    encoder: Encoder
+    model: str
+    """URI of the encoder, with its version."""
+    bundle_sha256: str
+    """Of the manifest.json of its bundle."""
+    manifest: Manifest
+    """Of the corpus, with nothing held out."""
+    out: Path
+    """Folder of the files; on a cluster, one that every node sees."""
+    id_field: str = ""
+    """Field of a record that holds its id; without one an id is SHARD:RECORD."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the schema of every file tells of where its embeddings come from."""
+        told = {
+            "model": self.model,
+            "bundle_sha256": self.bundle_sha256,
+            "fingerprint": self.manifest.fingerprint,
+            "id_field": self.id_field,
+        }
+        return {f"{PREFIX}{name}": value for name, value in told.items()}
+
+    @property
+    def dimension(self) -> int:
+        """Width of an embedding."""
+        return int(self.encoder.config["objective"]["encoder"]["hidden_size"])
+
+    @cached_property
+    def units(self) -> list[range]:
+        """The blocks of each unit: consecutive ones, of the size of one large block at least."""
+        found: list[range] = []
+        first = num_bytes = 0
+        blocks = self.manifest.blocks
+        for number, block in enumerate(blocks):
+            num_bytes += block.bytes
+            if num_bytes >= self.manifest.block_bytes or number + 1 == len(blocks):
+                found.append(range(first, number + 1))
+                first, num_bytes = number + 1, 0
+        return found
+
+    @cached_property
+    def first_records(self) -> dict[int, int]:
+        """The number in the corpus of the first record of each shard."""
+        first: dict[int, int] = {}
+        for block in self.manifest.blocks:
+            first.setdefault(block.shard, block.first_record)
+        return first
+
+    def path(self, unit: int) -> Path:
+        """Return the file of a unit."""
+        return self.out / f"unit-{unit:06d}.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedReport:
+    """What one call did."""
+
+    documents: int
+    """Embedded, by this call and by those before it."""
+    files: int
+    found_files: int
+    """Files that were there already."""
+    dimension: int
+    seconds: float
+    rows_per_second: float
+    """Of this call."""
+
+
+def embed(job: EmbedJob, workers: int) -> EmbedReport:
+    """Embed every readable document once; what earlier calls have finished is not made again.
+
+    Raises:
+        UserError: If the folder is in use, or holds embeddings of another model or corpus, or if
+            the cluster has not a CPU for each worker.
+        DataError: If a shard has changed since it was indexed, or a document has no id.
+    """
+    if workers > (cpus := int(ray.cluster_resources().get("CPU", 0))) or workers < 1:
+        raise UserError(f"workers must be in 1..{cpus}, the CPUs of the cluster, got {workers}")
+    with held(job.out, f"another process embeds into {job.out}: wait for it"):
+        for remains in job.out.glob(".unit-*.tmp"):
+            remains.unlink()
+        found = _finished(job)
+        pending = [unit for unit in range(len(job.units)) if unit not in found]
+        started = time.perf_counter()
+        if pending:
+            _run(job, pending, workers)
+        seconds = time.perf_counter() - started
+        rows = _finished(job)
+    documents, expected = sum(rows.values()), job.manifest.records_where("training")
+    if documents != expected:
+        raise DataError(
+            f"{job.out} holds {documents} embeddings of {expected} documents: its files were "
+            "altered; choose another folder"
+        )
+    return EmbedReport(
+        documents=documents,
+        files=len(job.units),
+        found_files=len(found),
+        dimension=job.dimension,
+        seconds=seconds,
+        rows_per_second=(documents - sum(found.values())) / seconds,
+    )
+
+
+def write_unit(job: EmbedJob, unit: int) -> int:
+    """Embed the documents of a unit into its file; return how many there are."""
+    documents: list[Document] = []
+    names = []
+    for number in job.units[unit]:
+        found = job.manifest.read(number, "training")
+        documents += found
+        names.append(_names(job, number, found))
+    features = job.encoder.encode([document.text for document in documents])
+    vectors = pa.FixedSizeListArray.from_arrays(features.reshape(-1), job.dimension)
+    table = pa.concat_tables(names).append_column("embedding", vectors)
+    table = table.replace_schema_metadata(job.metadata)
+    write_file(job.path(unit), lambda aside: pq.write_table(table, aside, use_dictionary=["shard"]))
+    return len(documents)
+
+
+def _names(job: EmbedJob, number: int, documents: Sequence[Document]) -> pa.Table:
+    """Return id, shard and record of the documents of a block."""
+    block = job.manifest.blocks[number]
+    path = job.manifest.shards[block.shard].path
+    first = job.first_records[block.shard]
+    records_in_shard = [document.record - first for document in documents]
+    if job.id_field:
+        values = list(_field_values(job.manifest, number, job.id_field))
+        ids = [values[document.record - block.first_record] for document in documents]
+    else:
+        ids = [f"{path}:{record}" for record in records_in_shard]
+    for name, record in zip(ids, records_in_shard, strict=True):
+        if name is None:
+            raise DataError(
+                f"record {record} of {path} has no string or whole number {job.id_field!r}: name "
+                "a field that every document has with --id-field"
+            )
+    columns = {"id": ids, "shard": [path] * len(ids), "record": records_in_shard}
+    return pa.table(columns, schema=NAMES)
+
+
+def _field_values(manifest: Manifest, number: int, field: str) -> Iterator[str | None]:
+    """Yield a field of every record of a block, or None where there is no such thing."""
+    block = manifest.blocks[number]
+    shard = manifest.shards[block.shard]
+    # In parquet the field is a column of its own, and as a value it is read like a text.
+    source = manifest.source
+    source = replace(source, text_field=field) if shard.form == "parquet" else source
+    name = join(manifest.root, shard.path)
+    found = records_from(name, source, block.offset, lambda _: None)
+    for record in islice(found, block.records):
+        yield _field_value(record.data or b"", shard.form, field)
+
+
+def _field_value(record: bytes, form: Form, field: str) -> str | None:
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
+        if form == "parquet":
+            value = record.decode() or None
+        elif form == "jsonl":
+            fields = json.loads(record.decode("utf-8-sig"))
+            value = fields.get(field) if isinstance(fields, dict) else None
+    is_id = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value) if is_id else None
+
+
+def _finished(job: EmbedJob) -> dict[int, int]:
+    """Return how many rows each finished unit has.
+
+    Raises:
+        UserError: If a file of the folder is not of this embedding.
+    """
+    units = {job.path(unit): unit for unit in range(len(job.units))}
+    # Another alias or folder of the same bytes is the same model.
+    wanted = {name: told for name, told in job.metadata.items() if name != f"{PREFIX}model"}
+    found: dict[int, int] = {}
+    for path in sorted(job.out.glob("*.parquet")):
+        try:
+            footer = pq.read_metadata(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path} is no Parquet file ({error!s:.80}): remove it") from error
+        told = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
+        for name, value in wanted.items():
+            if told.get(name) != value:
+                raise UserError(
+                    f"{path} has {name.removeprefix(PREFIX)} {told.get(name)!r}, not {value!r}: "
+                    "it is of another model, corpus or --id-field; choose another --out"
+                )
+        if path not in units:
+            raise UserError(f"{path} is no file of this embedding: choose another --out")
+        found[units[path]] = footer.num_rows
+    return found
+
+
+def _run(job: EmbedJob, pending: Sequence[int], workers: int) -> None:
+    """Write the files of the pending units; what a dead worker had begun is begun again."""
+    size = -(-len(pending) // MAX_READ_TASKS)
+    tasks = [pending[start : start + size] for start in range(0, len(pending), size)]
+    counts = numbered_blocks(tasks).map_batches(
+        _write_units,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"job_ref": ray.put(job)},
+        compute=ray.data.TaskPoolStrategy(size=min(workers, len(tasks))),
+    )
+    rows = files = 0
+    printed = started = time.perf_counter()
+    for made in counts.iter_batches(batch_size=None, batch_format="numpy"):
+        for error in filter(None, made["error"].tolist()):
+            raise DataError(error)
+        rows += int(made["rows"].sum())
+        files += len(made["rows"])
+        now = time.perf_counter()
+        if now - printed > PLAIN_LINES_EVERY_SECONDS:
+            printed = now
+            rate = rows / (now - started)
+            say(f"file {files}/{len(pending)}  {rows} documents  {rate:.0f} documents/s")
+
+
+def _write_units(units: pa.Table, job_ref: "ray.ObjectRef[EmbedJob]") -> pa.Table:
+    """Return how many rows each unit has, or what is wrong with its data.
+
+    An error goes home as a value: Ray Data's own wrapper around it loses what it was.
+    """
+    job = _fetch(job_ref)
+    rows, errors = [], []
+    for unit in units["number"].to_pylist():
+        try:
+            rows.append(write_unit(job, unit))
+            errors.append("")
+        except DataError as error:
+            rows.append(0)
+            errors.append(str(error))
+    return pa.table({"rows": pa.array(rows, pa.int64()), "error": pa.array(errors, pa.string())})
+
+
+@lru_cache(maxsize=1)
+def _fetch(job_ref: "ray.ObjectRef[EmbedJob]") -> EmbedJob:
+    """Return the job; a worker process holds its encoder for the units to come."""
+    torch.set_num_threads(1)  # others have the other cores
+    return ray.get(job_ref)

@@ -1,0 +1,345 @@
+"""Embeddings of a corpus: each document once, the same whatever was killed, and never mixed up."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.cli import main
+from pipelines.data.indexing import build
+from pipelines.data.manifest import Manifest
+from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.errors import DataError, UserError
+from pipelines.recipes import recipe
+from pipelines.use.bundle import manifest_sha256, write_bundle
+from pipelines.use.embed import EmbedJob, embed, write_unit
+from pipelines.use.registry import load_encoder
+from ssl_models import build_objective
+from tests.command import command
+from tests.corpus import serial_map, write_corpus
+
+BROKEN = '{"text": "cut'
+EMPTY = '{"text": "...", "id": "dots"}'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Add numbers in the order in which the workers add them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "encoder", vocabulary, seed=0)
+
+
+def make_bundle(folder: Path, vocabulary: Vocabulary, seed: int) -> Path:
+    config = recipe("text-tiny").objective
+    config = dataclasses.replace(
+        config, encoder=dataclasses.replace(config.encoder, vocab_size=vocabulary.size)
+    )
+    torch.manual_seed(seed)
+    write_bundle(
+        folder,
+        config={"objective": dataclasses.asdict(config)},
+        state=build_objective(config).state_dict(),
+        tokenizer_json=vocabulary.json,
+        lineage={},
+        card="",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return 600 documents in three shards, beside a broken record and one without words."""
+    folder = tmp_path_factory.mktemp("embed") / "corpus"
+    first, *_ = write_corpus(folder, num_documents=600, num_shards=3, num_sentences=9)
+    lines = first.read_text().splitlines()
+    first.write_text("\n".join([*lines[:5], BROKEN, EMPTY, *lines[5:]]) + "\n")
+    return folder
+
+
+def texts_of(corpus: Path) -> dict[str, str]:
+    """Return the documents by shard and number of the line."""
+    found = {}
+    for path in sorted(corpus.iterdir()):
+        for number, line in enumerate(path.read_text().splitlines()):
+            if line not in (BROKEN, EMPTY):
+                found[f"{path.name}:{number}"] = json.loads(line)["text"]
+    return found
+
+
+def make_job(bundle: Path, corpus: Path, out: Path, id_field: str = "") -> EmbedJob:
+    return EmbedJob(
+        encoder=load_encoder(str(bundle)),
+        model=str(bundle),
+        bundle_sha256=manifest_sha256(bundle),
+        manifest=manifest_of(corpus),
+        out=out,
+        id_field=id_field,
+    )
+
+
+def manifest_of(corpus: Path) -> Manifest:
+    return build(find_shards([str(corpus)]), SourceConfig(heldout_ratio=0.0), serial_map)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bundle: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """Return what one process writes, without Ray."""
+    job = make_job(bundle, corpus, tmp_path_factory.mktemp("undisturbed"))
+    assert len(job.units) > 3
+    assert sum(write_unit(job, unit) for unit in range(len(job.units))) == 600
+    return pq.read_table(job.out)
+
+
+def test_every_document_has_its_own_embedding(
+    bundle: Path, corpus: Path, undisturbed: pa.Table
+) -> None:
+    texts = texts_of(corpus)
+    rows = undisturbed.to_pylist()
+    assert [row["id"] for row in rows] == list(texts)
+    assert [f"{row['shard']}:{row['record']}" for row in rows] == list(texts)
+    assert undisturbed.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+
+    alone = load_encoder(str(bundle)).encode([texts[row["id"]] for row in rows[::97]])
+    embedded = np.array([row["embedding"] for row in rows[::97]])
+    np.testing.assert_allclose(embedded, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_command_embeds_each_document_once_and_goes_on(
+    bundle: Path,
+    corpus: Path,
+    undisturbed: pa.Table,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A second call makes what is not there, with another number of workers, and nothing else."""
+    out = tmp_path / "out"
+    order = ["embed", str(bundle), str(corpus), "--out", str(out), "--json"]
+    order += ["--source.max-quarantined-ratio", "0.01"]
+    assert main(order) == 0
+    first_said = capsys.readouterr().out
+    files = sorted(out.glob("*.parquet"))
+    kept, lost = files[0::2], files[1::2]
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    for path in lost:
+        path.rename(path.with_name(f".{path.name}.77.tmp"))  # as a kill leaves it
+
+    assert main([*order, "--workers", "1"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert pq.read_table(out).equals(undisturbed, check_metadata=True)
+    assert (report["documents"], report["files"]) == (600, len(files))
+    assert report["found_files"] == len(kept) < len(files)
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    assert {path.name for path in out.iterdir()} == {
+        ".lock",
+        ".manifest.json",
+        *(path.name for path in files),
+    }
+    *table, broken, sentence, last = first_said.splitlines()
+    ledger = {cells[0]: int(cells[1]) for cells in map(str.split, table[-4:])}
+    assert ledger == {"filtered:no-words": 1, "quarantined:bad-json": 1, "embedded": 600} | {
+        "total": 602
+    }
+    assert broken.startswith("part-0.jsonl at byte ")
+    assert broken.endswith("quarantined:bad-json")
+    assert sentence.startswith(f"600 embeddings of 32 numbers by {bundle} in {len(files)} files")
+    assert json.loads(last)["rows_per_second"] > 0
+
+
+def test_the_files_tell_where_they_come_from(
+    bundle: Path, corpus: Path, undisturbed: pa.Table
+) -> None:
+    told = {name.decode(): value.decode() for name, value in undisturbed.schema.metadata.items()}
+    assert told == {
+        "rayssl.model": str(bundle),
+        "rayssl.bundle_sha256": manifest_sha256(bundle),
+        "rayssl.fingerprint": manifest_of(corpus).fingerprint,
+        "rayssl.id_field": "",
+    }
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_embeddings_of_another_model_or_corpus_are_not_mixed_in(
+    bundle: Path, corpus: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    job = make_job(bundle, corpus, tmp_path / "out")
+    write_unit(job, 1)
+    write_corpus(tmp_path / "other", num_documents=20)
+    other_bundle = make_bundle(tmp_path / "encoder", vocabulary, seed=1)
+    for other, said in [
+        (make_job(other_bundle, corpus, job.out), "has bundle_sha256 "),
+        (make_job(bundle, tmp_path / "other", job.out), "has fingerprint "),
+        (make_job(bundle, corpus, job.out, id_field="id"), "has id_field '', not 'id'"),
+    ]:
+        with pytest.raises(UserError, match=said) as refused:
+            embed(other, 1)
+        assert "choose another --out" in str(refused.value)
+
+    job.path(0).write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"unit-000000\.parquet is no Parquet file"):
+        embed(job, 1)
+    job.path(0).unlink()
+    job.path(1).rename(job.out / "mine.parquet")
+    with pytest.raises(UserError, match=r"mine\.parquet is no file of this embedding"):
+        embed(job, 1)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_altered_file_is_noticed(bundle: Path, corpus: Path, tmp_path: Path) -> None:
+    job = make_job(bundle, corpus, tmp_path)
+    for unit in range(len(job.units)):
+        write_unit(job, unit)
+    assert embed(job, 1).documents == 600
+
+    pq.write_table(pq.read_table(job.path(2)).slice(1), job.path(2))
+    with pytest.raises(DataError, match="holds 599 embeddings of 600 documents"):
+        embed(job, 1)
+
+
+def write_records(folder: Path, *records: Any) -> Path:
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return folder
+
+
+def test_a_field_of_the_record_can_be_its_id(bundle: Path, tmp_path: Path) -> None:
+    records = [{"text": "a", "url": "x/1"}, {"text": "..."}, {"text": "b", "url": 7}]
+    job = make_job(bundle, write_records(tmp_path / "data", *records), tmp_path / "out", "url")
+    assert write_unit(job, 0) == 2
+    table = pq.read_table(job.out)
+    assert table["id"].to_pylist() == ["x/1", "7"]
+    assert table["record"].to_pylist() == [0, 2]
+
+
+def test_ids_of_parquet_are_a_column_of_its_own(bundle: Path, tmp_path: Path) -> None:
+    columns = {"text": ["the sea", "", "a tide", "reef"], "id": ["x", "y", "z", None]}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns).slice(0, 3), tmp_path / "data" / "a.parquet", row_group_size=2)
+    job = make_job(bundle, tmp_path / "data", tmp_path / "out", "id")
+    for unit in range(len(job.units)):
+        write_unit(job, unit)
+    table = pq.read_table(tmp_path / "out")
+    assert table["id"].to_pylist() == ["x", "z"]
+    assert table["record"].to_pylist() == [0, 2]
+
+    pq.write_table(pa.table(columns), tmp_path / "data" / "a.parquet")
+    job = make_job(bundle, tmp_path / "data", tmp_path / "other", "id")
+    with pytest.raises(DataError, match=r"record 3 of a\.parquet has no string"):
+        write_unit(job, 0)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("value", [None, True, 1.5, ["a"]])
+def test_a_document_without_an_id_is_named(
+    bundle: Path,
+    tmp_path: Path,
+    value: Any,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = write_records(tmp_path / "data", {"text": "a", "id": 1}, {"text": "b", "id": value})
+    if value is None:  # through Ray once
+        order = ["embed", str(bundle), str(data), "--out", str(tmp_path / "out")]
+        assert main([*order, "--id-field", "id"]) == 65
+        said = capfd.readouterr().err
+        assert said.startswith("rayssl: record 1 of a.jsonl has no string or whole number 'id'")
+        assert len(said.splitlines()) == 1
+    with pytest.raises(DataError, match=r"record 1 of a\.jsonl has no"):
+        write_unit(make_job(bundle, data, tmp_path / "out", "id"), 0)
+
+
+def test_small_shards_share_a_file(bundle: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", num_documents=300, num_shards=50)
+    job = make_job(bundle, tmp_path / "corpus", tmp_path)
+    blocks = [block for unit in job.units for block in unit]
+    assert blocks == list(range(len(job.manifest.blocks)))
+    assert len(blocks) >= 50
+    sizes = [sum(job.manifest.blocks[block].bytes for block in unit) for unit in job.units]
+    assert all(size >= job.manifest.block_bytes for size in sizes[:-1])
+    assert len(job.units) < 20
+
+
+def test_a_long_text_counts_as_far_as_the_encoder_reads(bundle: Path) -> None:
+    """What is cut before it is tokenised must not change what is read."""
+    encoder = load_encoder(str(bundle))
+    limit = 30
+    texts = [
+        "the captain " * 500,
+        "captain" * 900,
+        "a \u0000\u0007 " * 400 + "tide",
+        " " * 4000 + "the tide",
+        "x" * 239 + " " + "unbelievably long harbour " * 90,
+        "\u6f22\u5b57 " * 300,
+        "",
+    ]
+    whole = [ids[:limit].tolist() for ids in encoder.vocabulary.encode(texts)]
+    assert [ids.tolist() for ids in encoder._first_ids(texts, limit)] == whole
+
+    cut = ["the captain " * 15, "the tide"]
+    np.testing.assert_allclose(
+        encoder.encode([texts[0], texts[3]]), encoder.encode(cut), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        (["encoder", "absent/*.jsonl"], (2, "no shards match 'absent/*.jsonl'")),
+        (["absent", "corpus"], (65, "no bundle at ")),
+        (["models:/whales@champion", "corpus"], (65, "there is no registry at ")),
+        (["encoder", "corpus", "--workers", "0"], (2, "workers must be in 1..5, the CPUs of")),
+        (["encoder", "corpus", "--workers", "99"], (2, "workers must be in 1..5, the CPUs of")),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    refusal: tuple[int, str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").symlink_to(bundle)
+    write_records(tmp_path / "corpus", {"text": "a"})
+    code = main(["embed", *arguments, "--out", "out"])
+    err = capfd.readouterr().err
+    assert code == refusal[0]
+    assert refusal[1] in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_command_loses_and_doubles_nothing(
+    bundle: Path, corpus: Path, undisturbed: pa.Table, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    allowed = ["--source.max-quarantined-ratio", "0.01"]
+    order = ["embed", str(bundle), str(corpus), "--out", str(out), *allowed]
+    with command(tmp_path, *order) as killed:
+        killed.wait_until(lambda: list(out.glob("*.parquet")))
+    job = make_job(bundle, corpus, out)
+    num_finished = len(list(out.glob("*.parquet")))
+    assert 0 < num_finished < len(job.units)
+
+    report = embed(job, 1)
+
+    assert report.found_files == num_finished
+    assert pq.read_table(out).equals(undisturbed)
