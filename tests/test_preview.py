@@ -22,6 +22,8 @@ from pipelines.use.drawing import DrawnRow, draw
 from pipelines.use.quirks import Sample, describe_corpus, describe_pairs, take_sample
 from tests.corpus import build_manifest, make_documents, write_corpus
 
+NOTHING_HELD_OUT = ("--source.heldout-ratio", "0")
+
 
 def ids_of(pieces: str, vocabulary: Vocabulary) -> list[int]:
     known = vocabulary.tokenizer.get_vocab()
@@ -232,17 +234,7 @@ def test_the_command_shows_rows_and_report_with_and_without_colour(
         (["text-tiny"], "no data: name raw shards with --data"),
         (["text-tiny", "--data", "absent/*.jsonl"], "no shards match 'absent/*.jsonl'"),
         (
-            [
-                *[
-                    "text-tiny",
-                    "--data",
-                    "a.jsonl",
-                    "--source.heldout-ratio",
-                    "0",
-                    "--vocabulary-file",
-                    "v",
-                ]
-            ],
+            ["text-tiny", "--data", "a.jsonl", *NOTHING_HELD_OUT, "--vocabulary-file", "v"],
             "no vocabulary at v",
         ),
     ],
