@@ -2,6 +2,7 @@
 
     data/shards.py          bytes -> records -> documents, or a reason why not
     data/manifest.py        shards -> blocks with hashes and counts; the fingerprint and the ledger
+    data/vocabulary.py      text -> ids, given pieces; vocabulary_training.py learns the pieces
     data/plan.py            (manifest, seed) -> an endless sequence of work orders
     data/text.py            documents -> sentences -> tokens -> pairs -> masked rows -> arrays
     data/batches.py         work orders -> Ray Data -> slots of global batches, one order for any W

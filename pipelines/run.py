@@ -16,7 +16,8 @@ from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Plan
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.text import TextRows
-from pipelines.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary, load_vocabulary
+from pipelines.data.vocabulary_training import train_on_corpus
 from pipelines.errors import DataError, UserError, nearest
 from pipelines.storage import sha256_of, write_json, write_text
 from pipelines.training.checkpoint import CommitLog
@@ -152,9 +153,10 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
     manifest = index(config.data, config.source, Path(config.runs) / ".index" / "manifest.json")
     _refuse_single_document(config, manifest)
     if config.vocabulary_file:
-        vocabulary = load_vocabulary(Path(config.vocabulary_file))
+        lowercase = config.vocabulary.lowercase
+        vocabulary = load_vocabulary(Path(config.vocabulary_file), lowercase=lowercase)
     else:
-        vocabulary = train_vocabulary(lambda: manifest.texts("training"), config.vocabulary)
+        vocabulary = train_on_corpus(manifest, config.vocabulary)
     settled = _with_vocabulary(config, vocabulary.size)
     write_text(run_dir / "manifest.json", manifest.to_json())
     write_text(run_dir / "tokenizer.json", vocabulary.json)

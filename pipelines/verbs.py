@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from pipelines.data.shards import SourceConfig
+from pipelines.data.vocabulary import VocabularyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +88,21 @@ class Vocab:
     data: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders or quoted globs."""
     out: Path = Path("tokenizer.json")
-    size: int = 8192
-    """Largest number of pieces."""
     address: str = ""
     """Address of a Ray cluster; a local one is started without."""
     source: SourceConfig = field(default_factory=SourceConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     def run(self) -> dict[str, Any]:
         """Train and write a vocabulary."""
         from pipelines.cluster import cluster
-        from pipelines.data.vocabulary import VocabularyConfig, train_vocabulary
+        from pipelines.data.vocabulary_training import train_on_corpus
         from pipelines.run import index
         from pipelines.storage import write_text
 
-        config = VocabularyConfig(size=self.size)
         with cluster(self.address, 2, verbose=False):
             manifest = index(self.data, self.source, Path("runs/.index/manifest.json"))
-            vocabulary = train_vocabulary(lambda: manifest.texts("training"), config)
+            vocabulary = train_on_corpus(manifest, self.vocabulary)
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
         return {"pieces": vocabulary.size, "out": str(self.out)}

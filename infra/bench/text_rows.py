@@ -27,7 +27,7 @@ from pipelines.data.randomness import draws
 from pipelines.data.sentences import split_sentences
 from pipelines.data.shards import find_shards
 from pipelines.data.text import TextRows
-from pipelines.data.vocabulary import train_vocabulary
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import text_mini
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +45,7 @@ def main() -> None:
     source = replace(config.source, heldout_ratio=0.0)
     manifest = build(find_shards(given.data), source, lambda index, paths: [*map(index, paths)])
     texts = list(manifest.texts("training"))
-    vocabulary = train_vocabulary(lambda: texts, config.vocabulary)
+    vocabulary = train_vocabulary(texts, config.vocabulary)
     documents = [Document(i, i, text) for i, text in enumerate(texts)]
     maker = TextRows(config.text, vocabulary)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
