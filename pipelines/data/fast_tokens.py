@@ -1,22 +1,32 @@
 """A second tokenizer, twenty times as fast, for the texts on which it is known to be equal.
 
-The ids of a text are what `tokenizers` says. `tokie` says the same much faster, but it is young
-and carries other tables of Unicode: of some code points it thinks otherwise. What a code point
-becomes depends on no other in either of them, so a text takes the fast way if both agree on each
-of its code points, which is one look-up in a table. The tests hold the two equal on every code
-point of the table between various neighbours, and on texts of all kinds.
+The ids of a text are what `tokenizers` says. `tokie` says the same much faster, but it is young,
+and it says otherwise in three cases, which are kept from it:
+
+    other code points   its tables of Unicode are newer. What a code point becomes depends on no
+                        other in either of them, so each text is looked up in one table
+    dead ends           where pieces can begin a word and cannot end it, `tokenizers` says [UNK].
+                        A vocabulary has them only if it holds a letter within longer pieces and
+                        not by itself; ours do not, nor do those of BERT
+    long texts          those of 64 KiB and more it cuts for its threads, even within a word
+
+The tests hold the two equal on every code point of the table between various neighbours, on
+vocabularies with all kinds of holes, and on texts of many languages.
 """
 
-import json
 import logging
 from itertools import cycle
 from tempfile import NamedTemporaryFile
-from typing import Any
 
 import numpy as np
 import tokie
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from pipelines.data.spans import Ints, Tokens
+from pipelines.data.word_counts import can_continue
 
 AGREED_RUNS = """
 7f 1 2f8 2 6 4 7 1 1 1 14 1 18d 1 26 2 32 2 3 1 37 8 1b 4 6 b 1d 1 f0 1 3c 2 65 e 3b 3 30 2 f 1 1c 2
@@ -45,14 +55,6 @@ e 2 d 3 a 5 38 7 f 2 b 6 9 7 93 1 66 406 a6e0 20 103a 6 de 102 1582 e 1d31 f 26e
 Made by asking tokenizers 0.23.3 and tokie 0.1.4; without private use and scripts out of use.
 """
 
-MAX_CHARS = 16_000
-"""Longer texts, those of 64 KiB and more, tokie cuts for its threads, even within a word."""
-
-SAMPLED_PIECES = 2000
-"""Pieces of a vocabulary that the self-check compares."""
-
-logger = logging.getLogger(__name__)
-
 
 def _agreed() -> NDArray[np.bool_]:
     lengths = [int(length, 16) for length in AGREED_RUNS.split()]
@@ -62,77 +64,108 @@ def _agreed() -> NDArray[np.bool_]:
 AGREED = _agreed()
 """Whether both tokenizers agree on a code point."""
 
+MAX_CHARS = 16_000
+"""Of a text: less than 64 KiB, whatever the characters are."""
 
-def agreed(texts: list[str]) -> NDArray[np.bool_]:
-    """Return which texts are short, and of code points that both tokenizers agree on alone."""
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    found = lengths <= MAX_CHARS
-    asked = np.array([i for i, text in enumerate(texts) if not _plain(text)], dtype=np.int64)
-    joined = "".join([texts[i] for i in asked])
-    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    others = np.flatnonzero(~AGREED[codes])
-    found[asked[np.searchsorted(np.cumsum(lengths[asked]), others, side="right")]] = False
-    return found
+FOLDS = ((True, None), (True, True), (False, None), (False, False))
+"""Whether case is folded and accents are stripped: both or neither; None does as case does."""
 
+SAMPLED_PIECES = 2000
+"""Pieces of a vocabulary that the self-check compares."""
 
-def _plain(text: str) -> bool:
-    return text.isascii() and "\x7f" not in text
+logger = logging.getLogger(__name__)
 
 
-def fast_tokenizer(tokenizer: Tokenizer) -> tokie.Tokenizer | None:
-    """Return the fast form of a tokenizer without added tokens, if it is known to be equal.
+class FastTokenizer:
+    """The fast form of one tokenizer, and the texts that may go there."""
 
-    It is made for BERT's normalizer and pre-tokenizer alone, and has to pass a self-check first;
-    a tokenizer that it cannot stand for is told of in the log.
-    """
-    described = tokenizer.to_str()
-    reason = _unknown(json.loads(described))
-    if not reason:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-            file.write(described)
+            file.write(tokenizer.to_str())
             file.flush()
-            fast = tokie.Tokenizer.from_json(file.name)
+            self._tokenizer = tokie.Tokenizer.from_json(file.name)
+        self._safe = AGREED
+        if dead := dead_ends(tokenizer):
+            normalize = tokenizer.normalizer.normalize_str
+            ends = [code for code in np.flatnonzero(AGREED) if dead & {*normalize(chr(code))}]
+            self._safe = AGREED.copy()
+            self._safe[ends] = False
+        self._unsafe_ascii = [chr(code) for code in np.flatnonzero(~self._safe[:128])]
+
+    def knows(self, texts: list[str]) -> NDArray[np.bool_]:
+        """Return for which texts the ids are known to be those of `tokenizers`."""
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        known = lengths <= MAX_CHARS
+        plain = np.array([text.isascii() for text in texts], dtype=bool)
+        for letter in self._unsafe_ascii:
+            plain &= np.array([letter not in text for text in texts], dtype=bool)
+        asked = np.flatnonzero(~plain)
+        joined = "".join([texts[i] for i in asked])
+        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        unsafe = np.flatnonzero(~self._safe[codes])
+        known[asked[np.searchsorted(np.cumsum(lengths[asked]), unsafe, side="right")]] = False
+        return known
+
+    def encode(self, texts: list[str]) -> tuple[Tokens, Ints]:
+        """Return the joined ids of texts that it knows, and how many each has."""
+        ids, lengths = self._tokenizer.encode_batch_flat(texts, add_special_tokens=False)
+        return ids, lengths.astype(np.int64)
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer | None:
+    """Return the fast form of a WordPiece tokenizer without added tokens, if there is one.
+
+    It stands for BERT's normalizer and pre-tokenizer alone, and has to pass a self-check first.
+    A tokenizer that it cannot stand for is told of in the log.
+    """
+    reason = _not_of_bert(tokenizer)
+    if not reason:
+        fast = FastTokenizer(tokenizer)
         if _same(fast, tokenizer):
             return fast
-        reason = "tokie has other ids for a sample of its pieces"
-    logger.warning("the fast tokenizer cannot stand for this one, and is not used: %s", reason)
+        reason = "it has other ids for a sample of the pieces"
+    logger.warning("the fast tokenizer is not used, which takes longer: %s", reason)
     return None
 
 
-def _unknown(described: dict[str, Any]) -> str:
-    """Return what of a tokenizer the fast one has no equal of, or nothing."""
-    normalizer = described["normalizer"] or {}
-    lowercase = normalizer.get("lowercase")
-    accents = lowercase if normalizer.get("strip_accents") == lowercase else None
-    known = {
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": True,
-            "strip_accents": accents,
-            "lowercase": lowercase,
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "model": {
-            "type": "WordPiece",
-            "unk_token": "[UNK]",
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 100,
-            "vocab": described["model"]["vocab"],
-        },
+def dead_ends(tokenizer: Tokenizer) -> set[str]:
+    """Return the letters of words that are within pieces and are none by themselves."""
+    pieces = set(tokenizer.get_vocab())
+    longer = [bare for piece in pieces if len(bare := piece.removeprefix("##")) > 1]
+    normalize = tokenizer.normalizer.normalize_str
+    return {
+        letter
+        for letter in {*"".join(longer)}
+        if not pieces >= {letter, "##" + letter}
+        # No word has the brackets of [MASK] in it, and where case is folded, none of its capitals.
+        and can_continue(letter)
+        and normalize(letter) == letter
     }
-    odd = [part for part, value in known.items() if described[part] != value]
-    return f"its {odd[0]} is not BERT's" if odd else ""
 
 
-def _same(fast: tokie.Tokenizer, tokenizer: Tokenizer) -> bool:
+def _not_of_bert(tokenizer: Tokenizer) -> str:
+    """Return what of a tokenizer the fast one has no equal of, or nothing."""
+    normalizer, model = tokenizer.normalizer, tokenizer.model
+    if not isinstance(normalizer, BertNormalizer):
+        return "its normalizer is not BERT's"
+    folds = (normalizer.lowercase, normalizer.strip_accents)
+    if not (normalizer.clean_text and normalizer.handle_chinese_chars) or folds not in FOLDS:
+        return "its normalizer is BERT's with other options"
+    if not isinstance(tokenizer.pre_tokenizer, BertPreTokenizer):
+        return "its pre-tokenizer is not BERT's"
+    options = (model.unk_token, model.continuing_subword_prefix, model.max_input_chars_per_word)
+    return "" if options == ("[UNK]", "##", 100) else f"its pieces are used otherwise: {options}"
+
+
+def _same(fast: FastTokenizer, tokenizer: Tokenizer) -> bool:
     """Return whether both give the same ids for some of the pieces and of the code points."""
     pieces = sorted(tokenizer.get_vocab())
     some = pieces[:: len(pieces) // SAMPLED_PIECES + 1]
     first_of_runs = np.flatnonzero(np.diff(AGREED, prepend=False) & AGREED)
-    texts = [*some, *(f"a{chr(code)}a {chr(code)}" for code in first_of_runs)]
-    texts = [text for text, known in zip(texts, agreed(texts), strict=True) if known]
-    ids, lengths = fast.encode_batch_flat(texts, add_special_tokens=False)
+    texts = [*some, *(piece[::-1] for piece in some)]
+    texts += [f"a{chr(code)}a {chr(code)}" for code in first_of_runs]
+    texts = [text for text, known in zip(texts, fast.knows(texts), strict=True) if known]
+    ids, lengths = fast.encode(texts)
     exact = [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     together = [i for found in exact for i in found]
     return (ids.tolist(), lengths.tolist()) == (together, [len(found) for found in exact])

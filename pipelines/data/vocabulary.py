@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokie
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from pipelines.data.fast_tokens import agreed, fast_tokenizer
+from pipelines.data.fast_tokens import FastTokenizer, fast_tokenizer
 from pipelines.data.spans import Ints, Tokens
 from pipelines.errors import DataError, UserError
 
@@ -87,9 +86,9 @@ class Vocabulary:
     def encode_flat(self, texts: list[str]) -> tuple[Tokens, Ints]:
         """Return the joined ids of the texts, without control tokens, and how many each has.
 
-        The ids are those of `tokenizers`; texts on which `tokie` is known to be equal go there.
+        The ids are those of `tokenizers`, whichever way they are made.
         """
-        quick = agreed(texts) if self._fast else np.zeros(len(texts), dtype=bool)
+        quick = self._fast.knows(texts) if self._fast else np.zeros(len(texts), dtype=bool)
         lengths = np.zeros(len(texts), dtype=np.int64)
         quick_ids, lengths[quick] = self._encode_quickly([*compress(texts, quick)])
         exact_ids, lengths[~quick] = self._encode_exactly([*compress(texts, ~quick)])
@@ -99,14 +98,13 @@ class Vocabulary:
         return flat, lengths
 
     @cached_property
-    def _fast(self) -> tokie.Tokenizer | None:
+    def _fast(self) -> FastTokenizer | None:
         return fast_tokenizer(self.tokenizer)
 
     def _encode_quickly(self, texts: list[str]) -> tuple[Tokens, Ints]:
-        if not (self._fast and texts):
+        if self._fast is None:
             return np.zeros(0, self.dtype), np.zeros(0, np.int64)
-        ids, lengths = self._fast.encode_batch_flat(texts, add_special_tokens=False)
-        return ids, lengths.astype(np.int64)
+        return self._fast.encode(texts)
 
     def _encode_exactly(self, texts: list[str]) -> tuple[Tokens, Ints]:
         # One task has one core: threads of its own would only fight the other tasks.

@@ -42,6 +42,12 @@ def count_words(texts: Iterable[str], *, lowercase: bool) -> pa.Table:
     return pa.table([list(kept), list(kept.values())], schema=SCHEMA)
 
 
+def can_continue(letter: str) -> bool:
+    """Return whether words go on with the letter; punctuation and ideographs stand alone."""
+    text = BertNormalizer(lowercase=False).normalize_str("a" + letter)
+    return len(BertPreTokenizer().pre_tokenize_str(text)) == 1
+
+
 def most_frequent(words: pa.Table) -> pa.Table:
     """Return the `MAX_WORDS` words that are seen most often in that order, ties by code point."""
     by = [("count", "descending"), ("word", "ascending")]

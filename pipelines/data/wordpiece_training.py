@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from pipelines.data.spans import Ints
+from pipelines.data.word_counts import can_continue
 
 MARK = "##"
 """Starts a piece that continues a word."""
@@ -45,7 +44,7 @@ def learn_pieces(words: pa.Table, *, size: int, alphabet: int, min_frequency: in
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
     letters = _alphabet(codes, np.repeat(counts, lengths), min(alphabet, size // 2))
-    pieces = [MARK + letter for letter in letters if _can_continue(letter)] + letters
+    pieces = [MARK + letter for letter in letters if can_continue(letter)] + letters
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = _Merges(*_spelled(codes, lengths, ids), counts, min_frequency)
     for pair in merges:
@@ -144,12 +143,6 @@ def _alphabet(codes: NDArray[Any], seen: Ints, size: int) -> list[str]:
     np.add.at(totals, which, seen)
     most = np.argsort(-totals, kind="stable")[:size]
     return [chr(code) for code in np.sort(letters[most])]
-
-
-def _can_continue(letter: str) -> bool:
-    """Return whether words go on with the letter; punctuation and ideographs stand alone."""
-    text = BertNormalizer(lowercase=False).normalize_str("a" + letter)
-    return len(BertPreTokenizer().pre_tokenize_str(text)) == 1
 
 
 def _spelled(codes: NDArray[Any], lengths: Ints, ids: dict[str, int]) -> tuple[Ints, Ints]:
