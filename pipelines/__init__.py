@@ -5,6 +5,7 @@
     data/indexing.py        shards -> blocks with hashes and counts, and the ledger
     data/manifest.py        what that pass has found; the fingerprint
     data/gate.py            whether so much that is broken may be used
+    data/vocabulary.py      text -> ids, given pieces; vocabulary_training.py learns the pieces
     data/plan.py            (manifest, seed) -> an endless sequence of work orders
     data/text.py            documents -> sentences -> tokens -> pairs -> masked rows -> arrays
     data/batches.py         work orders -> Ray Data -> slots of global batches, one order for any W

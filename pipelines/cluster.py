@@ -94,4 +94,6 @@ def _quiet(verbose: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
+    context.raise_original_map_exception = True  # or ours would reach the driver as text alone
+    # What goes wrong is raised, too, and said once.
     logging.getLogger("ray.data").setLevel(logging.INFO if verbose else logging.CRITICAL)

@@ -17,7 +17,8 @@ from pipelines.data.manifest import GATES, Manifest
 from pipelines.data.plan import Plan
 from pipelines.data.shards import SourceConfig, find_shards, identity
 from pipelines.data.text import TextRows
-from pipelines.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary, load_vocabulary
+from pipelines.data.vocabulary_training import train_on_corpus
 from pipelines.errors import DataError, UserError, nearest
 from pipelines.storage import held, sha256_of, write_json, write_text
 from pipelines.training.checkpoint import CommitLog
@@ -162,9 +163,10 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
     if start:
         vocabulary = start.vocabulary
     elif config.vocabulary_file:
-        vocabulary = load_vocabulary(Path(config.vocabulary_file))
+        lowercase = config.vocabulary.lowercase
+        vocabulary = load_vocabulary(Path(config.vocabulary_file), lowercase=lowercase)
     else:
-        vocabulary = train_vocabulary(lambda: manifest.texts("training"), config.vocabulary)
+        vocabulary = train_on_corpus(manifest, config.vocabulary)
     settled = with_vocab_size(config, start.vocab_size if start else vocabulary.size)
     write_text(run_dir / "manifest.json", manifest.to_json())
     write_text(run_dir / "tokenizer.json", vocabulary.json)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from pipelines.data.shards import SourceConfig
+from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import UserError
 from pipelines.tables import table
 
@@ -93,25 +94,23 @@ class Vocab:
     data: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders or quoted globs."""
     out: Path = Path("tokenizer.json")
-    size: int = 8192
-    """Largest number of pieces."""
     address: str = ""
     """Address of a Ray cluster; a local one is started without."""
     source: SourceConfig = field(default_factory=SourceConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     def run(self) -> dict[str, Any]:
         """Train and write a vocabulary."""
         from pipelines.cluster import cluster
         from pipelines.data.gate import check
-        from pipelines.data.vocabulary import VocabularyConfig, train_vocabulary
+        from pipelines.data.vocabulary_training import train_on_corpus
         from pipelines.run import index
         from pipelines.storage import write_text
 
-        config = VocabularyConfig(size=self.size)
         with cluster(self.address, 2, verbose=False):
             manifest = index(self.data, self.source, Path("runs/.index/manifest.json"))
             check(manifest)
-            vocabulary = train_vocabulary(lambda: manifest.texts("training"), config)
+            vocabulary = train_on_corpus(manifest, self.vocabulary)
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
         return {"pieces": vocabulary.size, "out": str(self.out)}

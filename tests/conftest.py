@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.cluster import cluster
-from pipelines.data.vocabulary import Vocabulary, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import text_tiny
 from tests.corpus import make_documents, write_corpus
 
@@ -32,4 +33,4 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vocabulary() -> Vocabulary:
     """Return the vocabulary of the tiny recipe, trained on other documents of the same topics."""
     texts = [document.text for document in make_documents(60, seed=1)]
-    return train_vocabulary(lambda: texts, text_tiny().vocabulary)
+    return train_vocabulary(texts, text_tiny().vocabulary)

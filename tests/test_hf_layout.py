@@ -24,7 +24,8 @@ from transformers import (
 from transformers import BertConfig as PeerConfig
 
 from pipelines.cli import main
-from pipelines.data.vocabulary import Vocabulary, VocabularyConfig, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.errors import UserError
 from pipelines.storage import inventory
 from pipelines.use.bundle import BundleError, write_bundle
@@ -203,9 +204,8 @@ def test_those_who_read_its_files_alone_get_the_same_ids(bundle: Path, exported:
 
 
 def test_a_cased_vocabulary_keeps_its_case(tmp_path: Path, foreign: Path) -> None:
-    cased = train_vocabulary(
-        lambda: TEXTS, VocabularyConfig(size=300, lowercase=False, min_frequency=1)
-    )
+    config = VocabularyConfig(size=300, lowercase=False, min_frequency=1)
+    cased = train_vocabulary(TEXTS, config)
     encoder = load_encoder(str(foreign))
     export(Encoder(encoder.config, encoder.state, cased, encoder.objective), tmp_path / "cased")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cased")

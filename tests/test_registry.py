@@ -11,7 +11,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipelines.data.vocabulary import Vocabulary, VocabularyConfig, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.training.mlflow_client import open_client
 from pipelines.use.bundle import Bundle, BundleError, manifest_sha256, verify_bundle, write_bundle
 from pipelines.use.registry import Registered, load_encoder, register, resolve
@@ -56,7 +57,7 @@ def bundle_of(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    vocabulary = train_vocabulary(lambda: TEXTS, VocabularyConfig(size=300, min_frequency=1))
+    vocabulary = train_vocabulary(TEXTS, VocabularyConfig(size=300, min_frequency=1))
     encoder = BertConfig(
         vocab_size=vocabulary.size,
         max_length=MAX_LENGTH,

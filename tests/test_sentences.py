@@ -32,3 +32,16 @@ def test_sentences_end_where_they_do_in_english() -> None:
         "Yes!",
         "The U.S. Navy waits.",
     ]
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u2003", "\u3000", "\u0085"])
+def test_a_wide_blank_before_a_full_stop_costs_no_boundary(
+    blank: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = f"He ships vitamin B{blank}. It sails. We wait{blank}here{blank}."
+    assert split_sentences("en", text) == [
+        f"He ships vitamin B{blank}. ",
+        "It sails. ",
+        f"We wait{blank}here{blank}.",
+    ]
+    assert capfd.readouterr().err == ""

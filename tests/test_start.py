@@ -16,7 +16,8 @@ from transformers import BertConfig as PeerConfig
 from transformers import BertModel
 
 from pipelines.config import RunConfig, to_record, with_vocab_size
-from pipelines.data.vocabulary import Vocabulary, VocabularyConfig, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.errors import UserError
 from pipelines.recipes import recipe
 from pipelines.training.checkpoint import START_DIGEST, CommitLog
@@ -143,7 +144,7 @@ def test_another_vocabulary_is_refused_and_the_same_one_is_not(
 ) -> None:
     same, other = tmp_path / "same.json", tmp_path / "other.json"
     same.write_text(vocabulary.json)
-    trained = train_vocabulary(lambda: ["some other text"] * 9, VocabularyConfig(size=300))
+    trained = train_vocabulary(["some other text"] * 9, VocabularyConfig(size=300))
     other.write_text(trained.json)
     start(replace(tiny(bundle), vocabulary_file=str(same)))
     with pytest.raises(UserError, match=r"other\.json is not the vocabulary of .*leave --vocab"):

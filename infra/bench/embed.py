@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from pipelines.cluster import cluster
-from pipelines.data.vocabulary import train_vocabulary
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import text_mini
 from pipelines.run import index
 from pipelines.use.embed import EmbedJob, embed
@@ -86,7 +86,7 @@ def _job(data: list[str], folder: Path) -> EmbedJob:
             for paragraph in text.split("\n"):
                 file.write(json.dumps({"text": paragraph}) + "\n")
     manifest = index([str(paragraphs)], source, folder / "manifest.json")
-    vocabulary = train_vocabulary(lambda: manifest.texts("training"), config.vocabulary)
+    vocabulary = train_vocabulary(manifest.texts("training"), config.vocabulary)
     sized = replace(config.objective.encoder, vocab_size=vocabulary.size)
     objective = replace(config.objective, encoder=sized)
     return EmbedJob(

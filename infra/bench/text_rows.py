@@ -26,7 +26,8 @@ from pipelines.data.sentences import split_sentences
 from pipelines.data.shards import find_shards
 from pipelines.data.text import TextRows
 from pipelines.data.text_config import TextConfig
-from pipelines.data.vocabulary import Vocabulary, train_vocabulary
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import text_mini
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -80,7 +81,7 @@ def open_corpus(data: Sequence[str], vocabulary: Vocabulary | None = None) -> Co
     manifest = build(find_shards(data), source, lambda index, paths: [*map(index, paths)])
     plan = Plan(manifest, config.seed, config.order.blocks_per_order)
     if vocabulary is None:
-        vocabulary = train_vocabulary(lambda: manifest.texts("training"), config.vocabulary)
+        vocabulary = train_vocabulary(manifest.texts("training"), config.vocabulary)
     return Corpus(plan, config.text, config.order, vocabulary)
 
 

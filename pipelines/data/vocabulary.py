@@ -1,4 +1,4 @@
-"""WordPiece vocabularies: trained on the training split, held as one `tokenizer.json`.
+"""WordPiece vocabularies: trained or given, held as one `tokenizer.json`.
 
 The tokenizer that reads raw text knows no control tokens, so a literal "[MASK]" in a document
 becomes "[", "mask", "]" and never the control token of that name.
@@ -6,21 +6,20 @@ becomes "[", "mask", "]" and never the control token of that name.
 
 import json
 import os
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.trainers import WordPieceTrainer
 
+from pipelines.data.fast_tokens import FastTokenizer, fast_tokenizer
 from pipelines.data.spans import Ints, Tokens
 from pipelines.errors import DataError, UserError
 
@@ -30,7 +29,7 @@ CONTROL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyConfig:
-    """How a vocabulary is trained when none is given."""
+    """How a vocabulary is trained when none is given; of a given vocab.txt, how it is read."""
 
     size: int = 8192
     """Largest number of pieces, control tokens included."""
@@ -44,6 +43,9 @@ class VocabularyConfig:
     def __post_init__(self) -> None:
         if self.size < 300:
             raise ValueError(f"vocabulary size must be at least 300, got {self.size}")
+        for name in ("alphabet", "min_frequency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vocabulary {name} must be at least 1, got {getattr(self, name)}")
 
 
 class Vocabulary:
@@ -58,12 +60,10 @@ class Vocabulary:
         if not isinstance(self.tokenizer.model, WordPiece):
             raise DataError("its pieces are not WordPiece: train it with rayssl vocab")
         pieces = self.tokenizer.get_vocab()
-        missing = [token for token in CONTROL_TOKENS if token not in pieces]
-        if missing:
-            raise DataError(
-                f"its vocabulary lacks {', '.join(missing)}: train it with rayssl vocab"
-            )
-        self.size: int = max(pieces.values()) + 1
+        _refuse_broken(pieces)
+        if self.tokenizer.model.unk_token != "[UNK]":
+            raise DataError(f"its unknown words are {self.tokenizer.model.unk_token}, not [UNK]")
+        self.size = len(pieces)
         self.pad, self.unknown, self.cls, self.sep, self.mask = (
             int(pieces[token]) for token in CONTROL_TOKENS
         )
@@ -79,77 +79,92 @@ class Vocabulary:
         """Travel as the JSON alone."""
         return Vocabulary, (self.json,)
 
-    def encode(self, texts: list[str]) -> list[NDArray[Any]]:
+    def encode(self, texts: list[str]) -> list[Tokens]:
         """Return the ids of each text, without control tokens."""
+        flat, lengths = self.encode_flat(texts)
+        return np.split(flat, np.cumsum(lengths))[:-1]
+
+    def encode_flat(self, texts: list[str]) -> tuple[Tokens, Ints]:
+        """Return the joined ids of the texts, without control tokens, and how many each has.
+
+        The ids are those of `tokenizers`, whichever way they are made.
+        """
+        quick = self._fast.knows(texts) if self._fast else np.zeros(len(texts), dtype=bool)
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        quick_ids, lengths[quick] = self._encode_quickly([*compress(texts, quick)])
+        exact_ids, lengths[~quick] = self._encode_exactly([*compress(texts, ~quick)])
+        is_quick = np.repeat(quick, lengths)
+        flat = np.zeros(len(is_quick), dtype=self.dtype)
+        flat[is_quick], flat[~is_quick] = quick_ids, exact_ids
+        return flat, lengths
+
+    @cached_property
+    def _fast(self) -> FastTokenizer | None:
+        return fast_tokenizer(self.tokenizer)
+
+    def _encode_quickly(self, texts: list[str]) -> tuple[Tokens, Ints]:
+        if self._fast is None:
+            return np.zeros(0, self.dtype), np.zeros(0, np.int64)
+        return self._fast.encode(texts)
+
+    def _encode_exactly(self, texts: list[str]) -> tuple[Tokens, Ints]:
         # One task has one core: threads of its own would only fight the other tasks.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
-
-    def encode_flat(self, texts: list[str]) -> tuple[Tokens, Ints]:
-        """Return the joined ids of the texts, without control tokens, and how many each has."""
-        encoded = self.encode(texts)
-        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-        return np.concatenate([np.zeros(0, self.dtype), *encoded]), lengths
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.array([len(found) for found in ids], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum())), lengths
 
 
-def train_vocabulary(texts: Callable[[], Iterable[str]], config: VocabularyConfig) -> Vocabulary:
-    """Return a vocabulary trained on the texts; the same texts give the same vocabulary.
-
-    `texts` is called twice, once for the alphabet and once for the words.
-    """
-    trained = _tokenizer(WordPiece(unk_token="[UNK]"), config.lowercase)
-    # Every character is two pieces: one that starts a word, and one that continues it.
-    most = (config.size - len(CONTROL_TOKENS)) // 2
-    alphabet = _alphabet(texts(), trained, min(config.alphabet, most))
-    trainer = WordPieceTrainer(
-        vocab_size=config.size,
-        min_frequency=config.min_frequency,
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        # The trainer numbers continuations in the order of a hash map, which differs from run
-        # to run and decides between equally frequent merges; as special tokens they are fixed.
-        special_tokens=[*CONTROL_TOKENS, *(f"##{c}" for c in alphabet if not _is_punctuation(c))],
-        show_progress=False,
-    )
-    trained.train_from_iterator(texts(), trainer)
-    # A new tokenizer around the pieces: the trained one would see control tokens in raw text.
-    pieces = WordPiece(trained.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100)
-    return Vocabulary(_tokenizer(pieces, config.lowercase).to_str())
+def bert_tokenizer(pieces: Sequence[str], *, lowercase: bool) -> Tokenizer:
+    """Return the tokenizer of BERT, cased or uncased, for these pieces; ids are their places."""
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    return tokenizer
 
 
-def _alphabet(texts: Iterable[str], tokenizer: Tokenizer, size: int) -> list[str]:
-    """Return the most frequent characters of the normalised texts, ties by code point."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(tokenizer.normalizer.normalize_str(text))
-    letters = [character for character in counts if not character.isspace()]
-    return sorted(sorted(letters, key=lambda c: (-counts[c], c))[:size])
+def load_vocabulary(path: Path, *, lowercase: bool = True) -> Vocabulary:
+    """Return the vocabulary of a WordPiece `tokenizer.json`, or of the `vocab.txt` of a BERT.
 
-
-def _is_punctuation(character: str) -> bool:
-    """Return whether BERT's pre-tokenizer makes a word of its own from the character."""
-    ascii_symbol = character.isascii() and not character.isalnum()
-    return ascii_symbol or unicodedata.category(character).startswith("P")
-
-
-def load_vocabulary(path: Path) -> Vocabulary:
-    """Return the vocabulary of a `tokenizer.json` that `rayssl vocab` wrote.
+    A `vocab.txt` has a piece a line and does not say whether it is uncased: `lowercase` does. A
+    `tokenizer.json`, ours or another's, says itself how it normalises.
 
     Raises:
         UserError: If there is no such file.
-        DataError: If it is not a WordPiece tokenizer with our control tokens.
+        DataError: If it is not a WordPiece vocabulary with our control tokens, whole and without
+            doubles.
     """
     if not path.is_file():
         raise UserError(f"no vocabulary at {path}: train one with rayssl vocab --out {path}")
     try:
-        return Vocabulary(path.read_text())
+        text = path.read_bytes().decode()
+        if path.suffix == ".txt":
+            return Vocabulary(bert_tokenizer(_lines(text), lowercase=lowercase).to_str())
+        return Vocabulary(text)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise DataError(f"{path} is not a tokenizer.json of ours: {error}") from error
+        raise DataError(f"{path} is not a vocabulary of ours: {error}") from error
 
 
-def _tokenizer(model: WordPiece, lowercase: bool) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    return tokenizer
+def _lines(text: str) -> list[str]:
+    """Return the pieces of a vocab.txt. No other line break counts: some are pieces."""
+    pieces = text.removesuffix("\n").replace("\r\n", "\n").removesuffix("\r").split("\n")
+    lines: dict[str, int] = {}
+    for number, piece in enumerate(pieces, 1):
+        if piece in lines:
+            raise DataError(f"{piece!r} is on line {lines[piece]} and on line {number}")
+        lines[piece] = number
+    return pieces
+
+
+def _refuse_broken(pieces: dict[str, int]) -> None:
+    missing = [token for token in CONTROL_TOKENS if token not in pieces]
+    if missing:
+        raise DataError(f"its vocabulary lacks {', '.join(missing)}: train it with rayssl vocab")
+    ids = sorted(pieces.items(), key=lambda item: item[1])
+    for (before, last), (piece, i) in zip([("", -1), *ids], ids, strict=False):
+        if i == last:
+            raise DataError(f"its pieces {before!r} and {piece!r} share the id {i}")
+        if i != last + 1:
+            raise DataError(f"no piece has the id {last + 1}, before {piece!r} with {i}")

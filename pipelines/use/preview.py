@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,9 @@ from pipelines.data.batches import RowSource
 from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Plan
 from pipelines.data.text import IGNORED, TextRows
-from pipelines.data.text_config import TextConfig
-from pipelines.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
+from pipelines.data.text_config import Pairing, TextConfig
+from pipelines.data.vocabulary import Vocabulary, load_vocabulary
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.errors import UserError
 from pipelines.run import index
 from pipelines.use.baselines import unmasked
@@ -79,20 +80,18 @@ def preview(config: RunConfig) -> dict[str, Any]:
 
 def _vocabulary(config: RunConfig, sample: Sample) -> Vocabulary:
     if config.vocabulary_file:
-        return load_vocabulary(Path(config.vocabulary_file))
+        path, lowercase = Path(config.vocabulary_file), config.vocabulary.lowercase
+        return load_vocabulary(path, lowercase=lowercase)
     texts = [document.text for document in sample.documents]
-    return train_vocabulary(lambda: texts, config.vocabulary)
+    return train_vocabulary(texts, config.vocabulary)
 
 
-def _pairings(text: TextConfig) -> dict[str, TextConfig]:
+def _pairings(text: TextConfig) -> dict[Pairing, TextConfig]:
     """Return the config with each pairing that goes with its other numbers, its own first."""
-    names = get_args(get_type_hints(TextConfig).get("pairing", Literal["honest"]))
-    chosen = getattr(text, "pairing", "honest")
-    found = {chosen: text}
-    for name in names:
-        changed: dict[str, Any] = {} if name == chosen else {"pairing": name}
+    found = {text.pairing: text}
+    for pairing in get_args(Pairing):
         try:
-            found[name] = replace(text, **changed)
+            found.setdefault(pairing, replace(text, pairing=pairing))
         except ValueError:  # numbers that this pairing has not
             continue
     return found
