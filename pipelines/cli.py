@@ -10,11 +10,8 @@ from typing import Any
 
 import tyro
 
-from pipelines.errors import UserError, nearest
+from pipelines.errors import INTERRUPTED, UserError, nearest
 from pipelines.verbs import Evaluate, FillMask, Index, Samples, Verify, Vocab
-
-INTERRUPTED = 130
-
 
 VERBS: dict[str, Any] = {
     "samples": Samples,

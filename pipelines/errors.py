@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+
 
 class UserError(Exception):
     """A mistake in a command: the command line shows the message alone and exits with 2."""
@@ -14,6 +17,18 @@ class DataError(UserError):
     """Raw data, a checkpoint or a bundle that cannot be trusted: exit code 65."""
 
     exit_code = 65
+
+
+class TrainingError(UserError):
+    """Training failed for good, for a reason that lies in what the worker computes: exit code 1."""
+
+    exit_code = 1
+
+
+class StorageError(UserError):
+    """A file of ours cannot be written; exit code 75: try again once it can."""
+
+    exit_code = 75
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

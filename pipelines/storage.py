@@ -3,25 +3,56 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from pipelines.errors import StorageError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of a failure to write what was to be written, and what to do.
+
+    Raises:
+        StorageError: If the disk is full, or does not take it for another reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"cannot write {path}: {reason}; once that is mended, the same command goes on"
+        ) from error
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that a crash leaves either old or new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that a crash leaves either old or new.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that a crash leaves either old or new."""
+    """Write a JSON file that a crash leaves either old or new.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -29,15 +60,23 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder that a crash leaves either complete or not there.
 
     `fill` writes its files into the folder it is given.
+
+    Raises:
+        StorageError: If it cannot be written; what there was of it is removed.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
-    fill(aside)
-    for file in aside.iterdir():
-        _sync(file)
-    _sync(aside)
-    aside.rename(path)
-    _sync(path.parent)
+    try:
+        with writing(path):
+            aside.mkdir(parents=True)
+            fill(aside)
+            for file in aside.iterdir():
+                _sync(file)
+            _sync(aside)
+            aside.rename(path)
+            _sync(path.parent)
+    except StorageError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -58,7 +58,7 @@ class Index:
         from pipelines.cluster import cluster
         from pipelines.run import index
 
-        with cluster(self.address, 2, verbose=False):
+        with cluster(self.address, 1, verbose=False):
             manifest = index(self.data, self.source, self.out)
         rows = [(fate, str(e.records), f"{e.bytes:,}") for fate, e in manifest.ledger.items()]
         total = (
@@ -101,7 +101,7 @@ class Vocab:
         from pipelines.storage import write_text
 
         config = VocabularyConfig(size=self.size)
-        with cluster(self.address, 2, verbose=False):
+        with cluster(self.address, 1, verbose=False):
             manifest = index(self.data, self.source, Path("runs/.index/manifest.json"))
             vocabulary = train_vocabulary(lambda: manifest.texts("training"), config)
         write_text(self.out, vocabulary.json)

@@ -12,9 +12,6 @@ from pathlib import Path
 PATIENCE_SECONDS = 240.0
 
 
-MAIN = "from pipelines.cli import main; raise SystemExit(main())"
-
-
 class Command:
     """A running command; Ray's processes belong to its session, so none is missed."""
 
@@ -25,7 +22,7 @@ class Command:
         self._out, self._err = folder / "out.txt", folder / "err.txt"
         with self._out.open("w") as out, self._err.open("w") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, *arguments],
+                [sys.executable, "-m", "pipelines", *arguments],
                 cwd=folder,
                 env=environment | {"HOME": str(home)},
                 stdin=subprocess.DEVNULL,
