@@ -1,6 +1,5 @@
 """What a user can cause, said in one line: what went wrong, the value, what to do."""
 
-import difflib
 from collections.abc import Iterable
 
 INTERRUPTED = 130
@@ -33,6 +32,8 @@ class StorageError(UserError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint such as ` Did you mean 'pretrain'?`, or the list of what is known."""
+    import difflib  # only where something went wrong: what starts the command imports this module
+
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(choices)}."

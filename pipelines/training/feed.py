@@ -60,6 +60,7 @@ class PlannedDataConfig(DataConfig):
         tasks = self._tasks(start, step)
         blocks = dataset(self._source_ref, self._order, start, tasks)
         blocks.context.execution_options = self._resolve_execution_options("train")
+        blocks.context.raise_original_map_exception = True  # a DataError stays one
         blocks.set_name("train")
         # Ray deals to its first split first. The run goes on dealing where it stood, so that a
         # slot has the same rank, and a sum over ranks the same bits, as if it had never stopped.
