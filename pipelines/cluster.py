@@ -122,7 +122,7 @@ def _start(num_cpus: int, verbose: bool) -> None:
 
 def _join(address: str, num_cpus: int, verbose: bool) -> None:
     if address != "auto":
-        _greet(address)
+        greet(address)
     # Seconds that Ray tries, with a word on standard error each: a wrong token stays wrong.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")
     try:
@@ -149,7 +149,7 @@ def _join(address: str, num_cpus: int, verbose: bool) -> None:
         )
 
 
-def _greet(address: str) -> None:
+def greet(address: str) -> None:
     """See that a Ray head listens at an address, which Ray itself takes minutes to find out.
 
     Raises:

@@ -243,7 +243,7 @@ $python verify run >verify 2>&1
 def test_a_full_disk_ends_a_run_in_one_line_and_room_lets_it_go_on(
     corpus: Path, tmp_path: Path
 ) -> None:
-    script = FULL_DISK.format(python=sys.executable, size="3m")
+    script = FULL_DISK.format(python=sys.executable, size="1200k")
     flags = ["--steps", "40", "--log-every", "40"]
     arguments = ["unshare", "-rm", "sh", "-c", script, "sh", *pretrain(corpus, *flags)]
     with process(tmp_path, *arguments) as both:
