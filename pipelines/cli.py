@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from pipelines.errors import UserError, nearest
+from pipelines.errors import INTERRUPTED, UserError, nearest
 from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
-
-
-INTERRUPTED = 130
 
 VERBS: dict[str, Any] = {
     "samples": Samples,

@@ -1,13 +1,17 @@
 """Ray: a cluster to join, or a local one of our own, quiet unless asked."""
 
+import contextlib
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
 from ray.data import DataContext
+from ray.exceptions import AuthenticationError
 
 from pipelines.errors import UserError
 
@@ -16,6 +20,9 @@ Result = TypeVar("Result")
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
 """Travelling blocks are small; Ray would take a third of the memory."""
+SPARE_CPUS = 1
+"""CPUs of a local Ray beyond those that a run cannot do without."""
+GREETING_SECONDS = 5.0
 
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # keeps relative paths what they are
@@ -25,16 +32,26 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # a hung worker; 600 by default
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # 30 by default, paid at every restart
 }
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_HTTP2_SETTINGS = b"\4"
 
 
-@contextmanager
+class ClusterError(UserError):
+    """The cluster is not there, or too small; exit code 75: try again later."""
+
+    exit_code = 75
+
+
+@contextlib.contextmanager
 def cluster(address: str, num_cpus: int, *, verbose: bool) -> Iterator[None]:
     """Join the cluster at an address, or start a local one and end it afterwards.
 
-    A Ray that this process is connected to already is used and left as it is.
+    A Ray that this process is connected to already is used and left as it is. `num_cpus` is what
+    the caller cannot do without: on fewer CPUs its workers or its data would wait for ever.
 
     Raises:
-        UserError: If there is no cluster at the address.
+        UserError: If the address or the token is not one of a cluster.
+        ClusterError: If there is no cluster at the address, or it is too small.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -43,19 +60,13 @@ def cluster(address: str, num_cpus: int, *, verbose: bool) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", "")  # a submitted job finds its cluster
-    level = logging.INFO if verbose else logging.ERROR
+    _raise_on_signals()
     try:
-        ray.init(
-            address=address or "local",
-            num_cpus=None if address else num_cpus,
-            object_store_memory=None if address else LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=None if address else False,
-            log_to_driver=verbose,
-            logging_level=level,
-        )
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"no Ray cluster at {address!r}: {error}") from error
-    try:
+        if address:
+            _join(address, num_cpus, verbose)
+        else:
+            _start(num_cpus + SPARE_CPUS, verbose)
+        _raise_on_signals()  # Ray has put handlers of its own
         _quiet(verbose)
         yield
     finally:
@@ -77,17 +88,106 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> l
 
 def unwrap(error: BaseException) -> BaseException:
     """Return the error of ours inside one of Ray's, or the error itself."""
-    inside = list(getattr(error, "worker_failures", {}).values())
-    inside += [e for e in (getattr(error, "cause", None), error.__cause__) if e is not None]
-    for candidate in inside:
-        if isinstance(found := unwrap(candidate), UserError):
+    for inside in causes(error):
+        if isinstance(found := unwrap(inside), UserError):
             return found
     return error
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return the errors that one of Ray's tells of: those of the workers, or its cause."""
+    workers = getattr(error, "worker_failures", {}).values()
+    others = (getattr(error, name, None) for name in ("cause", "controller_failure", "__cause__"))
+    return [found for found in (*workers, *others) if found is not None]
 
 
 @ray.remote
 def _call(function: Any, item: Any) -> Any:
     return function(item)
+
+
+def _start(num_cpus: int, verbose: bool) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+        )
+    except SystemExit as error:  # how Ray answers a SIGTERM while it starts
+        raise KeyboardInterrupt from error
+
+
+def _join(address: str, num_cpus: int, verbose: bool) -> None:
+    if address != "auto":
+        greet(address)
+    # Seconds that Ray tries, with a word on standard error each: a wrong token stays wrong.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")
+    try:
+        with contextlib.nullcontext() if verbose else _muted():
+            ray.init(
+                address=address,
+                # The daemons of other machines were started without what we set here.
+                runtime_env={"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}},
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+            )
+    except (AuthenticationError, ConnectionError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} does not let us in: is the token the cluster's? "
+            "Put it into ~/.ray/auth_token and set RAY_AUTH_MODE=token"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # another version of Ray, or runtime environment
+        raise UserError(f"cannot join the Ray cluster at {address}: {error}") from error
+    found = int(ray.cluster_resources().get("CPU", 0))
+    if found < num_cpus:
+        raise ClusterError(
+            f"the Ray cluster at {address} has {found} CPUs where {num_cpus} are needed, one for "
+            "each worker and one for the data; add nodes, or ask for fewer --workers"
+        )
+
+
+def greet(address: str) -> None:
+    """See that a Ray head listens at an address, which Ray itself takes minutes to find out.
+
+    Raises:
+        UserError: If it is no address of a Ray head.
+        ClusterError: If nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    hint = "a Ray head listens at HOST:6379, unless it was started with another --port"
+    if not (host and port.isdigit() and "/" not in host):
+        raise UserError(f"{address!r} is no address of a Ray cluster: {hint}")
+    try:
+        with socket.create_connection((host, int(port)), GREETING_SECONDS) as connection:
+            connection.sendall(_HTTP2_GREETING)
+            answer = connection.recv(9)
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster at {address}: {error}; {hint}") from error
+    if answer[3:4] != _HTTP2_SETTINGS and os.environ.get("RAY_USE_TLS", "0") == "0":
+        raise UserError(f"what listens at {address} is no Ray head: {hint}")
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Keep from standard error what Ray's C++ prints there."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _raise_on_signals() -> None:
+    """End in order on Ctrl-C and on SIGTERM alike: as a KeyboardInterrupt."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
 
 def _quiet(verbose: bool) -> None:

@@ -1,7 +1,9 @@
 """What a user can cause, said in one line: what went wrong, the value, what to do."""
 
-import difflib
 from collections.abc import Iterable
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
 
 
 class UserError(Exception):
@@ -16,8 +18,22 @@ class DataError(UserError):
     exit_code = 65
 
 
+class TrainingError(UserError):
+    """Training failed for good, for a reason that lies in what the worker computes: exit code 1."""
+
+    exit_code = 1
+
+
+class StorageError(UserError):
+    """A file of ours cannot be written; exit code 75: try again once it can."""
+
+    exit_code = 75
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint such as ` Did you mean 'pretrain'?`, or the list of what is known."""
+    import difflib  # only where something went wrong: what starts the command imports this module
+
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(choices)}."

@@ -7,6 +7,7 @@ on after any interruption, and does nothing but report once all is done.
 import subprocess
 import threading
 import time
+import traceback
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,15 @@ import ray.data
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig
 
-from pipelines.cluster import cluster, unwrap
+from pipelines.cluster import causes, cluster, unwrap
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.console import Progress, say
-from pipelines.errors import UserError
+from pipelines.errors import TrainingError, UserError
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
+from pipelines.training.checkpoint import CommitLog
 from pipelines.training.feed import PlannedDataConfig
 from pipelines.training.loop import Job, load_objective, train_worker
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
@@ -31,15 +34,9 @@ from pipelines.use.bundle import write_bundle
 from pipelines.use.evaluate import Evaluation, evaluate
 from pipelines.use.registry import Registered, register
 
-CPUS_FOR_DATA = 2
+CPUS_FOR_DATA = 1
 REGISTRY_TIMEOUT_SECONDS = 120.0
 CURVES = (("entropy of the prediction", "entropy"), ("p(true token)", "p_true"))
-
-
-class TrainingError(UserError):
-    """Training failed for good; exit code 1."""
-
-    exit_code = 1
 
 
 def pretrain(config: RunConfig) -> dict[str, Any]:
@@ -71,30 +68,34 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
 
 
 def train(run: Run, worker: Any = train_worker) -> None:
-    """Train from the newest commit to the last step, unless that has been made.
+    """Train from the newest commit to the last step, in as many attempts as that takes.
+
+    An attempt that ends before the last step without an error had too few rows planned.
 
     Raises:
-        TrainingError: If the workers failed more often than `max_restarts`.
-        DataError: If the data or the checkpoints cannot be trusted.
+        TrainingError: If the workers failed more often than `max_restarts`, or cannot succeed.
+        UserError: The one that a worker raised; it is not tried again.
     """
-    newest, _ = run.log.newest_whole()  # one that is spoilt is made again
-    if newest is not None and newest.step >= run.config.steps:
-        say(f"all {newest.step} steps have been made")
-        return
-    progress = Progress(run.dir, run.config)
-    done = _in_thread(lambda: _fit(run, worker))
-    while not done.done():
-        progress.update()
-        time.sleep(0.5)
-    progress.close()
-    if error := done.exception():
-        found = unwrap(error)
-        if isinstance(found, UserError):
-            raise found from None
-        raise TrainingError(
-            f"training failed: {_root_cause(error)}; the same command goes on from the newest "
-            "commit, --verbose shows more"
-        ) from error
+    failures = 0
+    step, last = _steps_made(run), run.config.steps
+    if step >= last:
+        say(f"all {step} steps have been made")
+    while step < last:
+        error = _attempt(run, worker)
+        before, step = step, _steps_made(run)
+        if error is not None:
+            failures += 1
+            if failures > run.config.max_restarts:
+                raise TrainingError(
+                    f"training failed: {error}; the same command goes on from the newest commit, "
+                    "--verbose shows more"
+                )
+            say(f"the workers failed: {error}; restart {failures} of {run.config.max_restarts}")
+        elif step <= before:
+            raise TrainingError(
+                f"the work orders planned from step {step} on hold no further "
+                f"{run.config.order.steps_per_block} steps: this corpus is too uneven"
+            )
 
 
 def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
@@ -203,25 +204,53 @@ def git_commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def _steps_made(run: Run) -> int:
+    commit, _ = run.log.newest_whole()  # one that is spoilt is made again
+    return commit.step if commit else 0
+
+
+def _attempt(run: Run, worker: Any) -> str | None:
+    """Start the workers once, show how they get on, and return why they failed, if they did.
+
+    Raises:
+        UserError: The one that a worker raised.
+    """
+    progress = Progress(run.dir, run.config)
+    done = _in_thread(lambda: _fit(run, worker))
+    while not done.done():
+        progress.update()
+        time.sleep(0.5)
+    progress.close()
+    error = done.exception()
+    if error is None:
+        return None
+    if isinstance(found := unwrap(error), UserError):
+        raise found from error
+    if run.config.verbose:
+        traceback.print_exception(error)
+    return _root_cause(error)
+
+
 def _fit(run: Run, worker: Any) -> None:
-    config = run.config
+    config, log = run.config, CommitLog(run.dir.resolve())
     source_ref = ray.put(run.source)
     use_gpu = config.device == "cuda" or (
         config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
     )
     trainer = TorchTrainer(
-        partial(worker, Job(config, run.dir.resolve(), source_ref)),
+        partial(worker, Job(config, log.run_dir, source_ref)),
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             # A name of its own for every start: our commit log resumes, not Ray's snapshot.
-            name=f"ray-{len(run.log.attempts()):06d}-{time.time_ns()}",
-            storage_path=str((run.dir / "ray").resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_restarts),
+            name=f"ray-{len(log.attempts()):06d}-{time.time_ns()}",
+            storage_path=str(log.run_dir / "ray"),
+            # Failures are counted by `train`, which knows which of them are worth another attempt.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
         # Only its name counts: PlannedDataConfig makes the real one at every start.
         datasets={"train": ray.data.range(1)},
-        dataset_config=PlannedDataConfig(run.log, source_ref, config.order, config.steps),
+        dataset_config=PlannedDataConfig(log, source_ref, config.order, config.steps),
     )
     trainer.fit()
 
@@ -241,10 +270,9 @@ def _in_thread(function: Any) -> Future[None]:
 
 
 def _root_cause(error: BaseException) -> str:
-    failures = list(getattr(error, "worker_failures", {}).values())
-    innermost: BaseException = failures[0] if failures else error
-    while cause := getattr(innermost, "cause", None) or innermost.__cause__:
-        innermost = cause
+    innermost = error
+    while found := causes(innermost):
+        innermost = found[0]
     return f"{type(innermost).__name__}: {str(innermost).strip().splitlines()[-1]}"
 
 

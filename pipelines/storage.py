@@ -1,18 +1,21 @@
 """Files that are whole or not there: written aside, synced, then renamed; folders that are held."""
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from safetensors import SafetensorError
+
+from pipelines.errors import StorageError, UserError
 
 
-@contextlib.contextmanager
+@contextmanager
 def held(folder: Path, busy: str) -> Iterator[None]:
     """Hold a folder, made where there is none; the lock goes with the process, however it ends.
 
@@ -32,23 +35,52 @@ def held(folder: Path, busy: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of a failure to write what was to be written, and what to do.
+
+    Raises:
+        StorageError: If the disk is full, or does not take it for another reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"cannot write {path}: {reason}; once that is mended, the same command goes on"
+        ) from error
+
+
 def write_file(path: Path, fill: Callable[[Path], object]) -> None:
-    """Write a file that a crash leaves either old or new; `fill` writes the one it is given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that a crash leaves either old or new; `fill` writes the one it is given.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fill(aside)
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fill(aside)
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that a crash leaves either old or new."""
+    """Write a text file that a crash leaves either old or new.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
     write_file(path, lambda aside: aside.write_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that a crash leaves either old or new."""
+    """Write a JSON file that a crash leaves either old or new.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -56,15 +88,23 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder that a crash leaves either complete or not there.
 
     `fill` writes its files into the folder it is given.
+
+    Raises:
+        StorageError: If it cannot be written; what there was of it is removed.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
-    fill(aside)
-    for file in aside.iterdir():
-        _sync(file)
-    _sync(aside)
-    aside.rename(path)
-    _sync(path.parent)
+    try:
+        with writing(path):
+            aside.mkdir(parents=True)
+            fill(aside)
+            for file in aside.iterdir():
+                _sync(file)
+            _sync(aside)
+            aside.rename(path)
+            _sync(path.parent)
+    except StorageError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -70,7 +70,7 @@ class Index:
         from pipelines.data.gate import check
         from pipelines.run import index
 
-        with cluster(self.address, 2, verbose=False):
+        with cluster(self.address, 1, verbose=False):
             manifest = index(self.data, self.source, self.out)
         print_ledger(manifest)
         print(
@@ -107,7 +107,7 @@ class Vocab:
         from pipelines.run import index
         from pipelines.storage import write_text
 
-        with cluster(self.address, 2, verbose=False):
+        with cluster(self.address, 1, verbose=False):
             manifest = index(self.data, self.source, Path("runs/.index/manifest.json"))
             check(manifest)
             vocabulary = train_on_corpus(manifest, self.vocabulary)
@@ -149,7 +149,7 @@ class Embed:
         bundle = resolve(model, self.tracking_uri)
         encoder = load_encoder(str(bundle))
         everything = dataclasses.replace(self.source, heldout_ratio=0.0)
-        with cluster(self.address, self.workers + 1, verbose=False):
+        with cluster(self.address, self.workers, verbose=False):
             manifest = index(self.data, everything, self.out / ".manifest.json")
             check(manifest)
             job = EmbedJob(
@@ -228,7 +228,7 @@ class Evaluate:
         from pipelines.run import index
 
         everything = dataclasses.replace(self.source, heldout_ratio=0.0)
-        with cluster(self.address, 2, verbose=False):
+        with cluster(self.address, 1, verbose=False):
             manifest = index(self.data, everything, self.runs / ".index" / "evaluate.json")
             check(manifest)
             yield manifest

@@ -1,38 +1,41 @@
 """The `rayssl` command as a person starts it: a process with a session and a home of its own."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 PATIENCE_SECONDS = 240.0
 
 
-MAIN = "from pipelines.cli import main; raise SystemExit(main())"
-
-
 class Command:
     """A running command; Ray's processes belong to its session, so none is missed."""
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, words: list[str], **extra: str) -> None:
         home = folder / "home"
         home.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self._out, self._err = folder / "out.txt", folder / "err.txt"
         with self._out.open("w") as out, self._err.open("w") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, *arguments],
+                words,
                 cwd=folder,
-                env=environment | {"HOME": str(home)},
+                env=environment | {"HOME": str(home)} | extra,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        """Return the number of the process."""
+        return self._process.pid
 
     @property
     def out(self) -> list[str]:
@@ -72,6 +75,15 @@ class Command:
                 found.append(int(stat.parent.name))
         return found
 
+    def titled(self, title: str) -> list[int]:
+        """Return the processes of the session whose command line starts with a title."""
+        found = []
+        for process in self.session():
+            with contextlib.suppress(OSError):  # it has ended
+                line = Path(f"/proc/{process}/cmdline").read_text()
+                found += [process] if line.startswith(title) else []
+        return found
+
     def end(self) -> None:
         """End whatever is left."""
         for process in self.session():
@@ -87,10 +99,15 @@ class Command:
             time.sleep(0.005)
 
 
+def command(folder: Path, *arguments: str) -> AbstractContextManager[Command]:
+    """Start the `rayssl` command, and leave nothing of it behind."""
+    return process(folder, sys.executable, "-m", "pipelines", *arguments)
+
+
 @contextmanager
-def command(folder: Path, *arguments: str) -> Iterator[Command]:
-    """Start a command, and leave nothing of it behind."""
-    started = Command(folder, list(arguments))
+def process(folder: Path, *words: str, **extra: str) -> Iterator[Command]:
+    """Start a process with more in its environment, and leave nothing of it behind."""
+    started = Command(folder, list(words), **extra)
     try:
         yield started
     finally:

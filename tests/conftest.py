@@ -17,7 +17,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Run one local Ray of five CPUs, with a home of its own for what Ray writes there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        with cluster("", 5, verbose=False):
+        with cluster("", 4, verbose=False):
             yield
 
 

@@ -371,8 +371,9 @@ def train_mutants(folders: dict[str, Path], job: Job) -> None:
 
 @pytest.fixture(scope="module")
 def mutants(place: Place) -> dict[str, Run]:
-    host = place.open("host", steps=NUM_MUTATED_STEPS)
-    runs = {name: place.copy(host, name) for name in MUTATIONS}
+    host = place.open("as-planned", steps=NUM_MUTATED_STEPS)
+    runs = {name: place.copy(host, name) for name in MUTATIONS if name != "as-planned"}
+    runs["as-planned"] = host
     folders = {name: run.dir.resolve() for name, run in runs.items()}
     train(host, worker=partial(train_mutants, folders))
     return runs

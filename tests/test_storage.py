@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.errors import StorageError
 from pipelines.storage import (
     difference,
     inventory,
@@ -90,7 +91,7 @@ def test_a_folder_that_cannot_be_filled_does_not_appear(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_there_is_not_overwritten(folder: Path) -> None:
     before = inventory(folder)
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(StorageError, match="not empty"):
         write_folder(folder, lambda aside: (aside / "other").touch())
     assert inventory(folder) == before
 

@@ -41,7 +41,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {"bare": [], "embed": []}
-    with tempfile.TemporaryDirectory() as folder, cluster("", 2, verbose=False):
+    with tempfile.TemporaryDirectory() as folder, cluster("", 1, verbose=False):
         job = _job(given.data, Path(folder))
         texts = [
             [d.text for block in unit for d in job.manifest.read(block, "training")]

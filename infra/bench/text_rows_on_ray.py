@@ -17,7 +17,7 @@ from typing import Any
 
 from infra.bench.measure import Watch, cpu_seconds, in_turn, keep, rates, ratio
 from infra.bench.text_rows import Corpus, open_corpus
-from pipelines.cluster import cluster
+from pipelines.cluster import SPARE_CPUS, cluster
 from pipelines.data.batches import ray_blocks
 from pipelines.data.plan import Cursor
 from pipelines.data.shards import find_shards
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=2)
     given = parser.parse_args()
     corpus = open_corpus(given.data)
-    with TemporaryDirectory() as folder, cluster("", given.cpus, verbose=False):
+    with TemporaryDirectory() as folder, cluster("", given.cpus - SPARE_CPUS, verbose=False):
         for path in [Path(file.name) for file in find_shards(given.data)]:
             for copy in range(COPIES):
                 shutil.copy(path, Path(folder) / f"{copy}-{path.name}")

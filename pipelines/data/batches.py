@@ -200,25 +200,25 @@ class Rank:
 def steps(
     blocks: Iterable[pa.Table], maker: RowMaker, config: OrderConfig, start: Cursor, rank: Rank
 ) -> Iterator[Step]:
-    """Yield this rank's part of every global batch from a cursor on.
+    """Yield this rank's part of every global batch from a cursor on, to the end of the stream.
+
+    All ranks end at the same superblock: the first that the stream does not fill for all of them.
 
     Raises:
         RuntimeError: If the blocks of all ranks are not the stream without a gap.
     """
-    mine = iter(blocks)
+    mine = _whole_blocks(blocks, config.rows_per_block)
     position = (start.order, start.row)
     done = start.steps_done
     next_block = rank.first_block
     while True:
         slots = [s for s in range(config.slots) if (next_block + s) % rank.size == rank.rank]
         held = {slot: next(mine, None) for slot in slots}
-        if any(table is None or table.num_rows != config.rows_per_block for table in held.values()):
-            raise RuntimeError(
-                "the orders of this attempt held fewer rows than their first blocks had promised; "
-                "the run goes on from the newest commit"
-            )
         tables = {slot: table.combine_chunks() for slot, table in held.items() if table is not None}
-        after = _follow(position, rank.gather({s: _edge(table) for s, table in tables.items()}))
+        gathered = rank.gather({slot: _edge(table) for slot, table in tables.items()})
+        after = _follow(position, gathered, config.slots)
+        if after is None:
+            return
         for i in range(done, config.steps_per_block):
             parts = {
                 slot: table.slice(i * config.rows_per_slot, config.rows_per_slot)
@@ -247,10 +247,36 @@ def chain(previous: str, slot_digests: Sequence[bytes]) -> str:
     return hashlib.sha256(bytes.fromhex(previous) + b"".join(slot_digests)).hexdigest()
 
 
-def _follow(position: tuple[int, int], gathered: Sequence[dict[int, Edge]]) -> tuple[int, int]:
-    """Return the address after a superblock, having checked that its blocks follow each other."""
+def _whole_blocks(blocks: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """Yield the blocks of a stream without its end, which Ray cuts raggedly.
+
+    Raises:
+        RuntimeError: If a block is not whole, and more follows than the rest of a stream.
+    """
+    rest = 0
+    for table in blocks:
+        if not rest and table.num_rows == num_rows:
+            yield table
+            continue
+        rest += table.num_rows
+        if rest >= num_rows:
+            raise RuntimeError(
+                f"a block came without all of its {num_rows} rows: rows were lost on the way; the "
+                "run stops before it trains on what follows"
+            )
+
+
+def _follow(
+    position: tuple[int, int], gathered: Sequence[dict[int, Edge]], num_slots: int
+) -> tuple[int, int] | None:
+    """Return the address after a superblock, having checked that its blocks follow each other.
+
+    None means that the stream has ended for at least one rank before the superblock was full.
+    """
     edges = {slot: edge for part in gathered for slot, edge in part.items()}
-    for slot in sorted(edges):
+    for slot in range(num_slots):
+        if slot not in edges:
+            return None
         if edges[slot].first != position:
             raise RuntimeError(
                 f"slot {slot} starts at (order, row) {edges[slot].first} where {position} has to "

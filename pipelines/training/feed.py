@@ -50,30 +50,33 @@ class PlannedDataConfig(DataConfig):
         self,
         datasets: Any,
         world_size: int,
-        worker_handles: Any,
-        worker_node_ids: list[str] | None,
-        **_: Any,
+        *_: Any,
+        **__: Any,
     ) -> list[dict[str, Any]]:
         """Return a Feed for each rank, under the name of the only dataset."""
-        del worker_handles
         attempt = self._log.begin_attempt(world_size)
         commit = self._log.commit(attempt.commit) if attempt.commit else None
         step, start = (commit.step, commit.cursor) if commit else (0, Cursor())
-        tasks = self._tasks(start, self._steps - step)
+        tasks = self._tasks(start, step)
         blocks = dataset(self._source_ref, self._order, start, tasks)
         blocks.context.execution_options = self._resolve_execution_options("train")
+        blocks.context.raise_original_map_exception = True  # a DataError stays one
         blocks.set_name("train")
         # Ray deals to its first split first. The run goes on dealing where it stood, so that a
         # slot has the same rank, and a sum over ranks the same bits, as if it had never stopped.
         turn = self._order.first_block(step) % world_size
-        hints = worker_node_ids and [*worker_node_ids[turn:], *worker_node_ids[:turn]]
-        splits = blocks.streaming_split(world_size, equal=True, locality_hints=hints)
+        splits = blocks.streaming_split(world_size, equal=True)
         feeds = [Feed(splits[rank - turn], attempt) for rank in range(world_size)]
         return [dict.fromkeys(datasets, feed) for feed in feeds]
 
-    def _tasks(self, start: Cursor, steps_left: int) -> list[range]:
-        source: RowSource = ray.get(self._source_ref)
+    def _tasks(self, start: Cursor, step: int) -> list[range]:
+        """Return read tasks for the steps from `step` on, by the rows of the orders so far."""
+        made = step - start.steps_done  # in whole superblocks
         # A superblock more: the end of a stream is cut raggedly.
-        steps = steps_left + start.steps_done + 2 * self._order.steps_per_block
-        num_rows = start.row + steps * self._order.rows_per_step
-        return read_tasks(start, num_rows, source.rows_per_order())
+        num_steps = self._steps - made + 2 * self._order.steps_per_block
+        if start.order:
+            rows_per_order = (made * self._order.rows_per_step - start.row) / start.order
+        else:
+            source: RowSource = ray.get(self._source_ref)
+            rows_per_order = source.rows_per_order()
+        return read_tasks(start, start.row + num_steps * self._order.rows_per_step, rows_per_order)

@@ -27,8 +27,9 @@ from pipelines.data.batches import (
 )
 from pipelines.data.plan import Cursor
 from pipelines.data.randomness import key
-from pipelines.errors import UserError
+from pipelines.errors import TrainingError, UserError
 from pipelines.run import Run
+from pipelines.storage import writing
 from pipelines.training.checkpoint import START_DIGEST, Attempt, Commit, CommitLog, Saver, restore
 from pipelines.training.feed import Feed
 from pipelines.training.start import draw
@@ -80,8 +81,10 @@ class Consumed(NamedTuple):
 def train_worker(job: Job) -> None:
     """Train from the newest commit to the last step; runs in every Ray Train worker.
 
+    An attempt for which too few rows were planned ends earlier; all that it made is committed.
+
     Raises:
-        FloatingPointError: If a gradient is not finite; nothing of that step is kept.
+        TrainingError: If a gradient is not finite; nothing of that step is kept.
     """
     config = job.config
     rank = ray.train.get_context().get_world_rank()
@@ -93,6 +96,12 @@ def train_worker(job: Job) -> None:
     saver = Saver(log)
     meter = Meter(learner, job.run_dir / "spool" / f"{feed.attempt.number:06d}.jsonl", rank)
     consumed = Consumed([], np.zeros(len(source.maker.fates), dtype=np.int64))
+
+    def save() -> None:
+        if consumed.digests:  # something was trained since the last commit
+            commit = advance(position, consumed, feed.attempt, source.maker.fates)
+            if rank == 0:
+                saver.save(commit, learner.objective, learner.optimizer)
 
     members = Rank(
         rank=rank,
@@ -106,16 +115,15 @@ def train_worker(job: Job) -> None:
         position.step, position.cursor = position.step + 1, step.cursor
         consumed.digests.append({s: slot_digest(batch) for s, batch in step.slots.items()})
         consumed.fates[:] += step.fates
-        last = position.step == config.steps
         meter.add(metrics)
-        if last or position.step % config.log_every == 0:
+        if position.step % config.log_every == 0:
             meter.log(position.step)
-        if last or position.step % config.checkpoint_every == 0:
-            commit = advance(position, consumed, feed.attempt, source.maker.fates)
-            if rank == 0:
-                saver.save(commit, learner.objective, learner.optimizer)
-        if last:
+        if position.step % config.checkpoint_every == 0:
+            save()
+        if position.step == config.steps:
             break
+    meter.log(position.step)
+    save()
     saver.wait()
 
 
@@ -183,7 +191,10 @@ def train_step(learner: Learner, slots: dict[int, ArrayBatch], step: int) -> dic
     dist.all_reduce(learner.gradients.vector)
     norm = learner.gradients.clip(config.optimizer.clip_norm)
     if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient of step {step} has norm {norm.item()}")
+        raise TrainingError(
+            f"the gradient of step {step} has norm {norm.item()}, and would again: the batches are "
+            "the same; start a run of another name with a lower --optimizer.learning-rate"
+        )
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, step, config.steps)
     learner.optimizer.step()
@@ -228,17 +239,17 @@ class Meter:
 
     def __init__(self, learner: Learner, spool: Path, rank: int) -> None:
         self._config = learner.config
+        self._path = spool
         self._spool = SpoolWriter(spool) if rank == 0 else None
         self._reset()
 
     def waits(self, stream: Iterable[Step]) -> Iterator[Step]:
         """Yield the steps of a stream, and measure how long each was waited for."""
-        steps_to_come = iter(stream)
-        while True:
-            asked = time.perf_counter()
-            step = next(steps_to_come)
+        asked = time.perf_counter()
+        for step in stream:
             self._waited += time.perf_counter() - asked
             yield step
+            asked = time.perf_counter()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add this rank's (sum, weight) of each metric of a step."""
@@ -247,7 +258,9 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + pair
 
     def log(self, step: int) -> None:
-        """Log the means over all ranks since the last call; called by all of them."""
+        """Log the means over all ranks since the last call, if any; called by all of them."""
+        if not self._steps:
+            return
         names = sorted(self._sums)
         table = torch.stack([self._sums[name] for name in names])
         dist.all_reduce(table)
@@ -263,19 +276,14 @@ class Meter:
             for name, mean in means.items()
             if name.endswith("_per_row")
         }
+        others = {
+            "rows_per_second": rows_per_second,
+            "data_wait_ratio": self._waited / seconds,
+            "learning_rate": learning_rate(self._config.optimizer, step - 1, self._config.steps),
+        }
         if self._spool is not None:
-            self._spool.append(
-                step,
-                means
-                | rates
-                | {
-                    "rows_per_second": rows_per_second,
-                    "data_wait_ratio": self._waited / seconds,
-                    "learning_rate": learning_rate(
-                        self._config.optimizer, step - 1, self._config.steps
-                    ),
-                },
-            )
+            with writing(self._path):
+                self._spool.append(step, means | rates | others)
         self._reset()
 
     def _reset(self) -> None:

@@ -1,6 +1,6 @@
 """What the model will see, before any training: masked pairs, and a report of their quirks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -47,7 +47,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
     """
     if not config.data:
         raise UserError("no data: name raw shards with --data 'corpus/*.jsonl'")
-    with cluster(config.address, 2, verbose=config.verbose):
+    with cluster(config.address, 1, verbose=config.verbose):
         cache = Path(config.runs) / ".index" / "manifest.json"
         manifest = index(config.data, config.source, cache)
     plan = Plan(manifest, config.seed, config.order.blocks_per_order)
@@ -176,7 +176,7 @@ def _corpus_table(report: CorpusReport) -> Table:
     return table
 
 
-def _pair_table(reports: dict[str, PairReport]) -> Table:
+def _pair_table(reports: Mapping[Pairing, PairReport]) -> Table:
     """Return the report of each pairing beside the others."""
     table = _table("pairing", *reports)
     table.add_row("rows", *(f"{report.rows:,}" for report in reports.values()))
