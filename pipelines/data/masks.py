@@ -123,21 +123,16 @@ def _words(
         return np.zeros(len(flat), dtype=bool), np.ones(len(flat), dtype=np.uint16)
     goes_on = vocabulary.continues.take(flat.astype(np.intp))
     goes_on[1:] &= is_text[:-1]  # the token before a segment is a control token
-    sizes = _sizes(goes_on)
-    if sizes.max() > quota.min():
-        long = np.flatnonzero((sizes > np.repeat(quota, lengths)) & ~goes_on)
-        goes_on[spans(long, sizes[long].astype(np.int64))] = False
-        sizes = _sizes(goes_on)
-    return goes_on, sizes
-
-
-def _sizes(goes_on: Flags) -> NDArray[np.uint16]:
-    sizes = np.ones(len(goes_on), dtype=np.uint16)
+    sizes = np.ones(len(flat), dtype=np.uint16)
     run = goes_on[1:]  # after k turns: whether the k tokens after this one all go on
     while run.any():
         sizes[: len(run)] += run
         run = run[:-1] & goes_on[1 - len(run) :]
-    return sizes
+    if sizes.max() > quota.min():
+        long = np.flatnonzero((sizes > np.repeat(quota, lengths)) & ~goes_on)
+        pieces = spans(long, sizes[long].astype(np.int64))
+        goes_on[pieces], sizes[pieces] = False, 1
+    return goes_on, sizes
 
 
 def _first_that_fit(
