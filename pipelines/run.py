@@ -150,15 +150,26 @@ def index(
     return manifest
 
 
-def _create(config: RunConfig, run_dir: Path) -> Run:
-    """Settle what the config leaves open and record the run; run.json is written last."""
+def index_data(config: RunConfig) -> Manifest:
+    """Return the manifest of the data of a run that has not begun.
+
+    Raises:
+        UserError: If there is no data, or a pattern matches nothing.
+        DataError: If the data cannot be trusted, or a source has a weight but no documents.
+    """
     if not config.data:
         raise UserError("no data: name raw shards with --data 'corpus/*.jsonl'")
-    start = load_start(config) if config.init_from else None
     cache = Path(config.runs) / ".index" / "manifest.json"
     manifest = index(config.data, config.source, cache, separate=bool(config.weights))
     check(manifest)
     _refuse_idle_source(config, manifest)
+    return manifest
+
+
+def _create(config: RunConfig, run_dir: Path) -> Run:
+    """Settle what the config leaves open and record the run; run.json is written last."""
+    start = load_start(config) if config.init_from else None
+    manifest = index_data(config)
     _refuse_single_document(config, manifest)
     if start:
         vocabulary = start.vocabulary

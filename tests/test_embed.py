@@ -27,6 +27,7 @@ from tests.command import command
 from tests.corpus import serial_map, write_corpus
 
 BROKEN = '{"text": "cut'
+NUM_DOCUMENTS = 3000
 EMPTY = '{"text": "...", "id": "dots"}'
 
 
@@ -63,9 +64,9 @@ def make_bundle(folder: Path, vocabulary: Vocabulary, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return 600 documents in three shards, beside a broken record and one without words."""
+    """Return documents of one to thirty tokens, a broken record and one without words."""
     folder = tmp_path_factory.mktemp("embed") / "corpus"
-    first, *_ = write_corpus(folder, num_documents=600, num_shards=3, num_sentences=9)
+    first, *_ = write_corpus(folder, num_documents=NUM_DOCUMENTS, num_shards=3, num_sentences=2)
     lines = first.read_text().splitlines()
     first.write_text("\n".join([*lines[:5], BROKEN, EMPTY, *lines[5:]]) + "\n")
     return folder
@@ -101,7 +102,7 @@ def undisturbed(bundle: Path, corpus: Path, tmp_path_factory: pytest.TempPathFac
     """Return what one process writes, without Ray."""
     job = make_job(bundle, corpus, tmp_path_factory.mktemp("undisturbed"))
     assert len(job.units) > 3
-    assert sum(write_unit(job, unit) for unit in range(len(job.units))) == 600
+    assert sum(write_unit(job, unit) for unit in range(len(job.units))) == NUM_DOCUMENTS
     return pq.read_table(job.out)
 
 
@@ -114,7 +115,8 @@ def test_every_document_has_its_own_embedding(
     assert [f"{row['shard']}:{row['record']}" for row in rows] == list(texts)
     assert undisturbed.schema.field("embedding").type == pa.list_(pa.float32(), 32)
 
-    alone = load_encoder(str(bundle)).encode([texts[row["id"]] for row in rows[::97]])
+    encoder = load_encoder(str(bundle))
+    alone = np.concatenate([encoder.encode([texts[row["id"]]]) for row in rows[::97]])
     embedded = np.array([row["embedding"] for row in rows[::97]])
     np.testing.assert_allclose(embedded, alone, rtol=1e-4, atol=1e-5)
 
@@ -143,7 +145,7 @@ def test_the_command_embeds_each_document_once_and_goes_on(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
 
     assert pq.read_table(out).equals(undisturbed, check_metadata=True)
-    assert (report["documents"], report["files"]) == (600, len(files))
+    assert (report["documents"], report["files"]) == (NUM_DOCUMENTS, len(files))
     assert report["found_files"] == len(kept) < len(files)
     assert [path.stat().st_mtime_ns for path in kept] == stamps
     assert {path.name for path in out.iterdir()} == {
@@ -153,12 +155,17 @@ def test_the_command_embeds_each_document_once_and_goes_on(
     }
     *table, broken, sentence, last = first_said.splitlines()
     ledger = {cells[0]: int(cells[1]) for cells in map(str.split, table[-4:])}
-    assert ledger == {"filtered:no-words": 1, "quarantined:bad-json": 1, "embedded": 600} | {
-        "total": 602
+    assert ledger == {
+        "filtered:no-words": 1,
+        "quarantined:bad-json": 1,
+        "embedded": NUM_DOCUMENTS,
+        "total": NUM_DOCUMENTS + 2,
     }
     assert broken.startswith("part-0.jsonl at byte ")
     assert broken.endswith("quarantined:bad-json")
-    assert sentence.startswith(f"600 embeddings of 32 numbers by {bundle} in {len(files)} files")
+    assert sentence.startswith(
+        f"{NUM_DOCUMENTS} embeddings of 32 numbers by {bundle} in {len(files)} files"
+    )
     assert json.loads(last)["rows_per_second"] > 0
 
 
@@ -205,10 +212,10 @@ def test_an_altered_file_is_noticed(bundle: Path, corpus: Path, tmp_path: Path) 
     job = make_job(bundle, corpus, tmp_path)
     for unit in range(len(job.units)):
         write_unit(job, unit)
-    assert embed(job, 1).documents == 600
+    assert embed(job, 1).documents == NUM_DOCUMENTS
 
     pq.write_table(pq.read_table(job.path(2)).slice(1), job.path(2))
-    with pytest.raises(DataError, match="holds 599 embeddings of 600 documents"):
+    with pytest.raises(DataError, match="holds 2999 embeddings of 3000 documents"):
         embed(job, 1)
 
 

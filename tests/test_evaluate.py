@@ -223,7 +223,7 @@ def test_one_document_has_figures_for_masked_tokens_and_the_reason(
     evaluation = evaluate_encoder(load_encoder(str(encoder)), manifest_of(tmp_path / "corpus"))
     assert evaluation.mlm_loss == pytest.approx(math.log(vocabulary.size), rel=0.05)
     assert evaluation.lines()[-1] == (
-        "  pairs: no figures, one document has no other to exchange segments with"
+        "  next sentence: no figures, no pair has a label (one document, or short ones)"
     )
 
 

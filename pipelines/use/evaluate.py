@@ -68,13 +68,15 @@ class Evaluation:
     """Documents left out because they were trained on."""
     own_baselines: bool = False
     """Whether the baselines learned from the evaluated documents, for want of the training ones."""
+    asked: str = "next sentence"
+    """What is told of a pair."""
 
     def metrics(self) -> dict[str, float]:
         """Return the figures by the names they are logged under, but for what no pair gave."""
         return {
             f"heldout/{name}": float(value)
             for name, value in asdict(self).items()
-            if not (name.startswith("nsp_") and math.isnan(value))
+            if name != "asked" and not (name.startswith("nsp_") and math.isnan(value))
         }
 
     def lines(self) -> list[str]:
@@ -100,12 +102,11 @@ class Evaluation:
 
     def _pairs_line(self) -> str:
         if not self.nsp_pairs:
-            alone = "one document has no other to exchange segments with"
-            return f"  pairs: no figures, {alone if self.documents == 1 else 'no pair has a label'}"
+            return f"  {self.asked}: no figures, no pair has a label (one document, or short ones)"
         low, high = self.nsp_accuracy_low, self.nsp_accuracy_high
         beaten = low > max(0.5, self.nsp_length_accuracy)
         return (
-            f"  next sentence: accuracy {self.nsp_accuracy:.1%}, 95 % interval {low:.1%} to "
+            f"  {self.asked}: accuracy {self.nsp_accuracy:.1%}, 95 % interval {low:.1%} to "
             f"{high:.1%} over {self.nsp_pairs} pairs; lengths alone give "
             f"{self.nsp_length_accuracy:.1%}" + ("" if beaten else ": not above chance")
         )
@@ -126,7 +127,7 @@ def evaluate(objective: Objective, run: Run, data: Manifest | None = None) -> Ev
     if data is not None:
         held = _without_copies(_Held(data, "training"), run.manifest)
     measured = _measure(objective, maker, held, folds=1)
-    return _figures(measured, held, [_training_counts(run.source, maker)])
+    return _figures(maker, measured, held, [_training_counts(run.source, maker)])
 
 
 def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
@@ -150,7 +151,7 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
     held = _Held(data, "training")
     maker = TextRows(config, encoder.vocabulary)
     measured = _measure(encoder.objective, maker, held, folds=2)
-    evaluation = _figures(measured, held, measured.folds[::-1])
+    evaluation = _figures(maker, measured, held, measured.folds[::-1])
     return replace(evaluation, own_baselines=True)
 
 
@@ -185,7 +186,9 @@ class _Measured(NamedTuple):
     documents: int
 
 
-def _figures(measured: _Measured, held: _Held, learned: list[Counts]) -> Evaluation:
+def _figures(
+    maker: TextRows, measured: _Measured, held: _Held, learned: list[Counts]
+) -> Evaluation:
     num_kept, num_pairs = measured.documents, int(measured.pairs.sum())
     means = {
         name: float(total[0] / total[1]) for name, total in measured.sums.items() if total[1] > 0
@@ -208,6 +211,7 @@ def _figures(measured: _Measured, held: _Held, learned: list[Counts]) -> Evaluat
         nsp_length_accuracy=length_accuracy(learned, measured.folds),
         all_documents=held.num_documents,
         also_trained=held.num_left_out,
+        asked="sentence order" if maker.config.pairing == "sentence-order" else "next sentence",
     )
 
 

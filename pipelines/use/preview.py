@@ -20,8 +20,7 @@ from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import Pairing, TextConfig
 from pipelines.data.vocabulary import Vocabulary, load_vocabulary
 from pipelines.data.vocabulary_training import train_vocabulary
-from pipelines.errors import UserError
-from pipelines.run import index
+from pipelines.run import index_data
 from pipelines.use.baselines import unmasked
 from pipelines.use.drawing import HEAD, DrawnRow, draw, open_console
 from pipelines.use.quirks import (
@@ -44,13 +43,11 @@ def preview(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         UserError: If there is no data, or the vocabulary is missing.
+        DataError: If the data cannot be trusted.
     """
-    if not config.data:
-        raise UserError("no data: name raw shards with --data 'corpus/*.jsonl'")
     with cluster(config.address, 1, verbose=config.verbose):
-        cache = Path(config.runs) / ".index" / "manifest.json"
-        manifest = index(config.data, config.source, cache)
-    plan = Plan(manifest, config.seed, config.order.blocks_per_order)
+        manifest = index_data(config)
+    plan = Plan(manifest, config.seed, config.order.blocks_per_order, config.weights)
     sample = take_sample(plan)
     vocabulary = _vocabulary(config, sample)
     sources = {
