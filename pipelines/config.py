@@ -43,7 +43,7 @@ class RunConfig:
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
     vocabulary_file: str = ""
-    """A tokenizer.json to use; without one, a vocabulary is trained on the training split."""
+    """A WordPiece tokenizer.json or the vocab.txt of a BERT, to use instead of training one."""
     register: str = "rayssl-text"
     """Name in the model registry; the new version gets the alias `candidate`."""
     tracking_uri: str = "sqlite:///mlflow.db"

@@ -48,6 +48,7 @@ def main() -> None:
     vocabulary = train_vocabulary(texts, config.vocabulary)
     documents = [Document(i, i, text) for i, text in enumerate(texts)]
     maker = TextRows(config.text, vocabulary)
+    sentences = [part for text in texts for part in split_sentences("en", text)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     rows = maker.rows(documents, seed=0, epoch=0, order=0)
     nested = rows["input_ids"].combine_chunks()
@@ -58,6 +59,7 @@ def main() -> None:
         given.repeats,
         {
             "rows": lambda: maker.rows(documents, seed=0, epoch=0, order=0),
+            "tokens_alone": lambda: vocabulary.encode_flat(sentences),
             "tokenizers_alone": lambda: [*vocabulary.tokenizer.encode_batch_fast(texts)],
             "sentences_alone": lambda: [split_sentences("en", text) for text in texts],
             "masks_alone": lambda: mask(flat, lengths, row_keys, vocabulary, config.text),
@@ -71,16 +73,12 @@ def main() -> None:
         "repeats": given.repeats,
         "text_megabytes": round(megabytes, 2),
         "rows_mb_per_second": _rates(megabytes, seconds["rows"]),
+        "tokens_alone_mb_per_second": _rates(megabytes, seconds["tokens_alone"]),
         "tokenizers_alone_mb_per_second": _rates(megabytes, seconds["tokenizers_alone"]),
         "sentences_alone_mb_per_second": _rates(megabytes, seconds["sentences_alone"]),
         "masks_million_tokens_per_second": _rates(len(flat) / 1e6, seconds["masks_alone"]),
-        "rows_to_tokenizers_ratio": round(
-            statistics.median(
-                alone / made
-                for made, alone in zip(seconds["rows"], seconds["tokenizers_alone"], strict=True)
-            ),
-            3,
-        ),
+        "rows_to_tokenizers_ratio": _ratio(seconds["tokenizers_alone"], seconds["rows"]),
+        "tokens_to_tokenizers_ratio": _ratio(seconds["tokenizers_alone"], seconds["tokens_alone"]),
     }
     text = json.dumps(result, indent=1)
     RESULTS.mkdir(exist_ok=True)
@@ -97,6 +95,10 @@ def _measure(repeats: int, what: dict[str, Callable[[], Any]]) -> dict[str, list
             function()
             seconds[name].append(time.process_time() - start)
     return seconds
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 3)
 
 
 def _rates(amount: float, seconds: list[float]) -> dict[str, float]:
