@@ -55,7 +55,7 @@ class RunConfig:
     """An encoder whose weights and vocabulary the run starts with: models:/NAME@ALIAS, or the
     folder of a bundle, a finished run or a BERT of transformers; drawn anew without."""
     vocabulary_file: str = ""
-    """A tokenizer.json to use; without one, a vocabulary is trained on the training split."""
+    """A WordPiece tokenizer.json or the vocab.txt of a BERT, to use instead of training one."""
     register: str = "rayssl-text"
     """Name in the model registry; the new version gets the alias `candidate`."""
     tracking_uri: str = "sqlite:///mlflow.db"

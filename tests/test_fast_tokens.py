@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Sequence
 from functools import cache
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +51,21 @@ def spelling(codes: Sequence[int], lowercase: bool) -> list[str]:
     return [*letters, *("##" + letter for letter in letters)]
 
 
+def assert_fast_equal(fast: FastTokenizer, tokenizer: Tokenizer, texts: list[str]) -> None:
+    ids, lengths = fast.encode(texts)
+    right = [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    assert lengths.tolist() == [len(found) for found in right]
+    assert ids.tolist() == [i for found in right for i in found]
+
+
 def assert_agreed(codes: Sequence[int], lowercase: bool) -> None:
-    pieces = [*CONTROL_TOKENS, *spelling([*codes, *map(ord, "abxyA中,.\u0301")], lowercase)]
+    pieces = [*CONTROL_TOKENS, *spelling([*codes, *map(ord, "abxyA\u4e2d,.\u0301")], lowercase)]
     tokenizer = bert_tokenizer(pieces, lowercase=lowercase)
     fast = FastTokenizer(tokenizer)
     for neighbours in NEIGHBOURS:
         texts = [neighbours.format(chr(code)) for code in codes]
         assert fast.knows(texts).all()
-        ids, lengths = fast.encode(texts)
-        right = [found.ids for found in tokenizer.encode_batch_fast(texts, False)]
-        assert lengths.tolist() == [len(found) for found in right]
-        assert ids.tolist() == [i for found in right for i in found]
+        assert_fast_equal(fast, tokenizer, texts)
 
 
 @cache
@@ -169,6 +174,10 @@ def test_vocabularies_with_holes_are_equal(seed: int) -> None:
         pieces = dict.fromkeys([*CONTROL_TOKENS, *ends, *marked])
         tokenizer = bert_tokenizer([*pieces], lowercase=dice.random() < 0.5)
         texts = ["".join(dice.choices(letters + " ", k=dice.randint(1, 9))) for _ in range(300)]
+        fast = FastTokenizer(tokenizer)
+        known = [*compress(texts, fast.knows(texts))]
+        assert known
+        assert_fast_equal(fast, tokenizer, known)
         assert_equal(Vocabulary(tokenizer.to_str()), texts)
 
 

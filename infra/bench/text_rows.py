@@ -89,10 +89,12 @@ def measure(corpus: Corpus, repeats: int) -> dict[str, Any]:
     """Return the speed of the pure functions."""
     texts, megabytes = corpus.texts, corpus.megabytes
     tokenizer = corpus.vocabulary.tokenizer
+    sentences = [part for text in texts for part in split_sentences("en", text)]
     seconds = in_turn(
         repeats,
         {
             "rows": lambda: cpu_seconds(corpus.make_rows),
+            "tokens": lambda: cpu_seconds(lambda: corpus.vocabulary.encode_flat(sentences)),
             "tokenizers": lambda: cpu_seconds(lambda: [*tokenizer.encode_batch_fast(texts)]),
             "sentences": lambda: cpu_seconds(lambda: [split_sentences("en", t) for t in texts]),
         },
@@ -104,9 +106,11 @@ def measure(corpus: Corpus, repeats: int) -> dict[str, Any]:
         "vocabulary": corpus.vocabulary.size,
         "row_tokens": corpus.text.max_length,
         "rows_mb_per_second": rates(megabytes, seconds["rows"]),
+        "tokens_alone_mb_per_second": rates(megabytes, seconds["tokens"]),
         "tokenizers_alone_mb_per_second": rates(megabytes, seconds["tokenizers"]),
         "sentences_alone_mb_per_second": rates(megabytes, seconds["sentences"]),
         "rows_to_tokenizers_ratio": ratio(seconds["tokenizers"], seconds["rows"]),
+        "tokens_to_tokenizers_ratio": ratio(seconds["tokenizers"], seconds["tokens"]),
         "masks_million_tokens_per_second": {
             f"rows of {length}": measure_masks(corpus, length, repeats) for length in ROW_LENGTHS
         },
