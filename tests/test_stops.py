@@ -107,6 +107,7 @@ def test_changed_data_ends_a_run_at_once_and_restored_data_lets_it_go_on(
     assert (verify(run).status, len(run.log.attempts())) == ("PASS", 2)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_ends_a_run_at_once(open_tiny: Callable[..., Run]) -> None:
     optimizer = replace(recipe("text-tiny").optimizer, learning_rate=1e30)
     run = open_tiny(max_restarts=3, optimizer=optimizer)
@@ -258,7 +259,8 @@ def test_a_full_disk_ends_a_run_in_one_line_and_room_lets_it_go_on(
     (line,) = [line for line in read("err.1") if line]
     assert line.startswith("rayssl: cannot write ")
     assert "/runs/run/checkpoints/step-" in line
-    assert line.endswith("No space left on device; once that is mended, the same command goes on")
+    assert "No space left on device" in line
+    assert line.endswith("; once that is mended, the same command goes on")
     assert read("commits.1")
     assert not [name for name in read("checkpoints.1") if name.endswith(".tmp")]
     assert read("code.2") == ["0"], read("err.2")

@@ -96,6 +96,19 @@ def test_a_folder_that_is_there_is_not_overwritten(folder: Path) -> None:
     assert inventory(folder) == before
 
 
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path: Path) -> None:
+    def fill(aside: Path) -> None:
+        (aside / "whole").write_text("x")
+        (aside / "full").symlink_to("/dev/full")
+        (aside / "full").write_text("x")
+
+    said = "cannot write .*/made: No space left on device; once that is mended, the same"
+    with pytest.raises(StorageError, match=said) as refused:
+        write_folder(tmp_path / "made", fill)
+    assert refused.value.exit_code == 75
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_inventory_holds_sizes_and_hashes(folder: Path) -> None:
     found = inventory(folder)
     assert {name: entry["bytes"] for name, entry in found.items()} == {
