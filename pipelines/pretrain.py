@@ -4,6 +4,7 @@ Each stage leaves its result in the run's folder and is not made twice, so the s
 on after any interruption, and does nothing but report once all is done.
 """
 
+import json
 import subprocess
 import threading
 import time
@@ -99,9 +100,12 @@ def train(run: Run, worker: Any = train_worker) -> None:
 
 
 def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
-    """Evaluate, register and report a run whose steps have all been made."""
+    """Evaluate, register and report a run whose steps have all been made, each once."""
     commit, _ = run.log.newest_whole()
     assert commit is not None
+    if (made := _account(run)) and made["digest"] == commit.digest:
+        say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
+        return made
     objective = load_objective(run)
     evaluation = evaluate(objective, run)
     for line in [*evaluation.lines(), *_curves(run)]:
@@ -128,6 +132,14 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     write_json(run.dir / "account.json", account)
     say(f"registered {registered.model_uri} as candidate; MLflow run {tracker.run_id}")
     return account
+
+
+def _account(run: Run) -> dict[str, Any] | None:
+    """Return the account of a run that was registered under the name it has now."""
+    path = run.dir / "account.json"
+    account: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    name = account.get("registered", "").removeprefix("models:/").rpartition("/")[0]
+    return account if name == run.config.register else None
 
 
 def hand_over(
@@ -273,7 +285,8 @@ def _root_cause(error: BaseException) -> str:
     innermost = error
     while found := causes(innermost):
         innermost = found[0]
-    return f"{type(innermost).__name__}: {str(innermost).strip().splitlines()[-1]}"
+    said = str(innermost).strip().splitlines()[-1:]  # an assertion may say nothing
+    return ": ".join([type(innermost).__name__, *said])
 
 
 def _curves(run: Run) -> list[str]:

@@ -9,7 +9,7 @@ int64 (B,), 0 where B follows A (IsNext), 1 where it does not (NotNext, or the t
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,15 @@ class MaskedTokenHead(nn.Module):
         return F.linear(transformed_BPD, embedding_VD, self.bias)
 
 
+class Scores(NamedTuple):
+    """Log probabilities, float32."""
+
+    mlm: Tensor
+    """(B * P, V), for each prediction."""
+    nsp: Tensor
+    """(B, 2), of IsNext and NotNext."""
+
+
 class MaskedLanguage(Objective):
     """A BERT encoder with its two pretraining heads, trained on the terms `mlm` and `nsp`."""
 
@@ -89,10 +98,20 @@ class MaskedLanguage(Objective):
         in nats and `p_true`, the probability of the true token; over pairs of `nsp_accuracy`; both
         losses; and over rows of `tokens_per_row`.
         """
+        return self.judge(self.score(batch), batch)
+
+    def score(self, batch: Batch) -> Scores:
+        """Return what both heads say of a batch."""
         hidden_BLD, pooled_BD = self.encoder(batch)
         mlm_logits = self._mask_logits(hidden_BLD, batch["masked_positions"]).flatten(0, 1)
-        mlm_log_probs = mlm_logits.log_softmax(dim=-1, dtype=torch.float32)
-        nsp_log_probs = self.nsp_head(pooled_BD).log_softmax(dim=-1, dtype=torch.float32)
+        return Scores(
+            mlm_logits.log_softmax(dim=-1, dtype=torch.float32),
+            self.nsp_head(pooled_BD).log_softmax(dim=-1, dtype=torch.float32),
+        )
+
+    def judge(self, scores: Scores, batch: Batch) -> StepOutput:
+        """Return the losses and metrics of scores, as `forward` says."""
+        mlm_log_probs, nsp_log_probs = scores
         masked_ids, nsp_labels = batch["masked_ids"].flatten(), batch["nsp_labels"]
         mlm_losses = _cross_entropies(mlm_log_probs, masked_ids)
         nsp_losses = _cross_entropies(nsp_log_probs, nsp_labels)

@@ -15,7 +15,7 @@ import torch
 from pipelines.cli import main
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.errors import UserError
-from pipelines.pretrain import pretrain
+from pipelines.pretrain import _root_cause, pretrain
 from pipelines.recipes import recipe
 from pipelines.run import load_run
 from pipelines.training.mlflow_client import open_client
@@ -65,6 +65,9 @@ def finished(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where artifacts go
         account, said = call(config)
+        # As if killed before the last word, then once more when all is done.
+        (folder / "runs" / config.name / "account.json").unlink()
+        assert call(config)[0] == account
         again, said_again = call(replace(config, workers=1))
         yield Finished(folder, config, account, said, again, said_again)
 
@@ -187,6 +190,8 @@ def test_the_candidate_knows_how_its_rows_were_made(finished: Finished) -> None:
 def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
     assert finished.again == finished.account
     assert "all 20 steps have been made" in finished.said_again
+    assert finished.said_again[-1].startswith("models:/topics/1 is registered; MLflow run ")
+    assert not [line for line in finished.said_again if "held-out" in line]
     assert not [line for line in finished.said_again if line.startswith("training from")]
     assert len(load_run(finished.dir).log.attempts()) == 1
     assert len(mlflow_runs(finished)) == 1
@@ -196,6 +201,11 @@ def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
 def test_final_figures_are_logged_once_however_often_it_is_called(finished: Finished) -> None:
     history = finished.client.get_metric_history(finished.account["mlflow_run"], "heldout/mlm_loss")
     assert [point.step for point in history] == [20]
+
+
+def test_an_error_without_a_message_is_told_by_its_name() -> None:
+    assert _root_cause(AssertionError()) == "AssertionError"
+    assert _root_cause(OSError("first\nlast\n")) == "OSError: last"
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,16 @@ other machines.
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import statistics
 import tempfile
-import time
 from dataclasses import asdict, replace
-from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from infra.bench.measure import in_turn, keep, rates, ratio, wall_seconds
 from pipelines.cluster import cluster
 from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import text_mini
@@ -29,8 +27,6 @@ from pipelines.run import index
 from pipelines.use.embed import EmbedJob, embed
 from pipelines.use.registry import Encoder
 from ssl_models import build_objective
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -40,44 +36,43 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {"bare": [], "embed": []}
     with tempfile.TemporaryDirectory() as folder, cluster("", 1, verbose=False):
-        job = _job(given.data, Path(folder))
-        texts = [
-            [d.text for block in unit for d in job.manifest.read(block, "training")]
-            for unit in job.units
-        ]
-        embed(job, 1)  # warms Ray's workers
-        for _ in range(given.repeats):
-            shutil.rmtree(job.out)
-            start = time.perf_counter()
-            embed(job, 1)
-            seconds["embed"].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            for unit in texts:
-                job.encoder.encode(unit)
-            seconds["bare"].append(time.perf_counter() - start)
+        keep("embed", measure(make_job(given.data, Path(folder)), given.repeats))
+
+
+def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
+    """Return the speed of both."""
+    texts = [
+        [d.text for block in unit for d in job.manifest.read(block, "training")]
+        for unit in job.units
+    ]
+    embed(job, 1)  # warms Ray's workers
+
+    def anew() -> None:
+        shutil.rmtree(job.out)
+        embed(job, 1)
+
+    def bare() -> None:
+        for unit in texts:
+            job.encoder.encode(unit)
+
+    what = {"embed": partial(wall_seconds, anew), "bare": partial(wall_seconds, bare)}
+    seconds = in_turn(repeats, what)
     documents = sum(map(len, texts))
-    ratios = [b / e for b, e in zip(seconds["bare"], seconds["embed"], strict=True)]
-    result = {
+    return {
         "what": "documents to Parquet with one worker, beside the bare Encoder.encode loop",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "encoder": "text-mini",
-        "repeats": given.repeats,
+        "repeats": repeats,
         "documents": documents,
         "files": len(texts),
-        "embed_documents_per_second": round(documents / statistics.median(seconds["embed"]), 1),
-        "bare_documents_per_second": round(documents / statistics.median(seconds["bare"]), 1),
-        "bare_to_embed_seconds_ratio": round(statistics.median(ratios), 3),
+        "embed_documents_per_second": rates(documents, seconds["embed"]),
+        "bare_documents_per_second": rates(documents, seconds["bare"]),
+        "embed_to_bare_seconds_ratio": ratio(seconds["embed"], seconds["bare"]),
     }
-    text = json.dumps(result, indent=1)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"embed_{result['date']}.json").write_text(text + "\n")
-    print(text)
 
 
-def _job(data: list[str], folder: Path) -> EmbedJob:
+def make_job(data: list[str], folder: Path) -> EmbedJob:
+    """Return the embedding of the paragraphs of some shards by an encoder of fresh weights."""
     config = text_mini()
     source = replace(config.source, heldout_ratio=0.0)
     paragraphs = folder / "paragraphs.jsonl"

@@ -6,7 +6,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from pipelines.pretrain import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1
+PACKAGES = ("numpy", "pyarrow", "ray", "sentencex", "tokenizers", "tokie", "torch")
 
 
 class Usage(NamedTuple):
@@ -114,7 +115,14 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def in_turn(repeats: int, what: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def wall_seconds(function: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turn(repeats: int, what: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """Return the seconds that each function returns, all of them in turn in every repeat."""
     seconds: dict[str, list[float]] = {name: [] for name in what}
     for _ in range(repeats):
@@ -147,7 +155,7 @@ def keep(name: str, result: dict[str, Any]) -> None:
         "commit": git_commit(),
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores",
         "load_average": [round(load, 1) for load in os.getloadavg()],
-        "versions": {p: version(p) for p in ("tokenizers", "numpy", "pyarrow", "ray", "sentencex")},
+        "versions": {p: version(p) for p in PACKAGES},
     }
     text = json.dumps(origin | result, indent=1)
     RESULTS.mkdir(exist_ok=True)

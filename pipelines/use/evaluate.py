@@ -253,9 +253,10 @@ def _give(objective: MaskedLanguage, batch: ArrayBatch, sums: dict[str, Any]) ->
     """Add to the sums of the metrics; return the label that is told for each row."""
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
     with torch.no_grad():
-        for name, pair in objective(tensors).metrics.items():
+        scores = objective.score(tensors)
+        for name, pair in objective.judge(scores, tensors).metrics.items():
             sums[name] = sums.get(name, 0) + torch.stack(pair).double()
-        return objective.nsp_logits(tensors).argmax(dim=1).numpy()
+        return scores.nsp.argmax(dim=1).numpy()
 
 
 def _orders(held: _Held, folds: int) -> Iterator[tuple[int, list[Document]]]:

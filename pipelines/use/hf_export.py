@@ -130,9 +130,8 @@ def _hf_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _pieces(vocabulary: Vocabulary) -> list[str]:
-    """Return the pieces by id; a name that BERT gives to ids without one fills gaps."""
-    name = vocabulary.tokenizer.id_to_token
-    return [name(number) or f"[unused{number}]" for number in range(vocabulary.size)]
+    """Return the pieces by id."""
+    return [str(vocabulary.tokenizer.id_to_token(i)) for i in range(vocabulary.size)]
 
 
 def _sbert(kind: str) -> str:
