@@ -1,6 +1,7 @@
 """The `rayssl` command: verbs, their flags, and how errors look. Nothing else lives here."""
 
 import dataclasses
+import importlib.metadata
 import json
 import sys
 import time
@@ -42,7 +43,8 @@ HELP = """usage: rayssl VERB [flags] [--json]
   export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed
 
-rayssl VERB --help tells more. --json prints one JSON object as the last line.
+rayssl VERB --help tells more. --json prints one JSON object as the last line, of an
+error too.
 Exit codes: 0 done, 1 failed, 2 usage, 65 data that cannot be trusted, 75 try again later,
 130 interrupted.
 """
@@ -56,12 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if given else 2
+    if given[0] == "--version":
+        print(f"rayssl {importlib.metadata.version('rayssl')}")
+        return 0
     try:
         result = _run(given[0], given[1:])
     except UserError as error:
         if "--verbose" in given:
             traceback.print_exception(error)
         print(f"rayssl: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
         return error.exit_code
     except KeyboardInterrupt:
         print(

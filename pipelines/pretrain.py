@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -32,11 +33,12 @@ from pipelines.training.feed import PlannedDataConfig
 from pipelines.training.loop import Job, load_objective, train_worker
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
 from pipelines.use.bundle import write_bundle
-from pipelines.use.evaluate import Evaluation, evaluate
+from pipelines.use.evaluate import evaluate
 from pipelines.use.registry import Registered, register
 
 CPUS_FOR_DATA = 1
 REGISTRY_TIMEOUT_SECONDS = 120.0
+NOT_EVALUATED = "no document is held out: the encoder is not evaluated"
 CURVES = (("entropy of the prediction", "entropy"), ("p(true token)", "p_true"))
 
 
@@ -107,10 +109,11 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
         say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
         return made
     objective = load_objective(run)
-    evaluation = evaluate(objective, run)
-    for line in [*evaluation.lines(), *_curves(run)]:
+    evaluation = evaluate(objective, run) if _holds_out(run) else None
+    figures, metrics = (evaluation.lines(), evaluation.metrics()) if evaluation else ([], {})
+    for line in [*figures, *_curves(run)]:
         say(line)
-    tracker.log_final_metrics(evaluation.metrics(), commit.step)
+    tracker.log_final_metrics(metrics, commit.step)
     ledger = {
         "records": {fate: vars(entry) for fate, entry in run.manifest.ledger.items()},
         "rows": commit.fates,
@@ -119,13 +122,13 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     write_json(run.dir / "ledger.json", ledger)
     for name in ("run.json", "manifest.json", "ledger.json", "tokenizer.json"):
         tracker.log_artifact(run.dir / name, "run")
-    registered = hand_over(run, objective.state_dict(), evaluation, tracker)
+    registered = hand_over(run, objective.state_dict(), figures, tracker)
     account = {
         "run": run.config.name,
         "steps": commit.step,
         "digest": commit.digest,
         "ledger": ledger["rows"],
-        "evaluation": evaluation.metrics(),
+        "evaluation": metrics,
         "mlflow_run": tracker.run_id,
         "registered": registered.model_uri,
     }
@@ -143,7 +146,7 @@ def _account(run: Run) -> dict[str, Any] | None:
 
 
 def hand_over(
-    run: Run, state: dict[str, torch.Tensor], evaluation: Evaluation, tracker: Tracker
+    run: Run, state: dict[str, torch.Tensor], figures: Sequence[str], tracker: Tracker
 ) -> Registered:
     """Write the bundle of a trained encoder, unless it is there, and register it once."""
     folder = run.dir / "bundle"
@@ -165,7 +168,7 @@ def hand_over(
             state=state,
             tokenizer_json=run.vocabulary.json,
             lineage=lineage,
-            card=_card(run, evaluation),
+            card=_card(run, figures),
         )
     from mlflow.exceptions import MlflowException
 
@@ -206,6 +209,12 @@ def describe(run: Run) -> None:
         f"run {config.name}: {config.recipe}, vocabulary {run.vocabulary.size}, {config.steps} "
         f"steps of {config.order.rows_per_step} rows, in {run.dir}"
     )
+    if not _holds_out(run):
+        say(f"{NOT_EVALUATED}; a run with a larger --source.heldout-ratio would be")
+
+
+def _holds_out(run: Run) -> bool:
+    return run.manifest.records_where("heldout") > 0
 
 
 def git_commit() -> str:
@@ -301,14 +310,14 @@ def _curves(run: Run) -> list[str]:
     ]
 
 
-def _card(run: Run, evaluation: Evaluation) -> str:
+def _card(run: Run, figures: Sequence[str]) -> str:
     config = run.config
     shards = "\n".join(f"- {Path(shard.path).name}" for shard in run.manifest.shards[:20])
-    figures = "\n".join(f"- {line}" for line in evaluation.lines())
+    listed = "\n".join(f"- {line}" for line in figures or [NOT_EVALUATED])
     return (
         f"# {config.register}\n\nA BERT encoder pretrained without labels by rayssl: recipe "
         f"{config.recipe}, {config.steps} steps of {config.order.rows_per_step} rows.\n\n"
         f"## Data\n\nFingerprint {run.manifest.fingerprint}\n\n{shards}\n\n"
-        f"## Held-out figures\n\n{figures}\n\n"
+        f"## Held-out figures\n\n{listed}\n\n"
         "## Limits\n\nKnows the language and the subjects of its data and nothing else.\n"
     )

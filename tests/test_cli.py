@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 65 data that cannot be trusted, 130 inter
 """
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -108,6 +109,21 @@ def test_the_help_tells_of_every_verb(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
     assert listed == list(VERBS)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"rayssl \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_an_error_is_a_json_object_too_where_one_was_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["pretrian", "--json"]) == 2
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["exit_code"] == 2
+    assert err == f"rayssl: {told['error']}\n"
 
 
 @pytest.mark.parametrize("verb", VERBS)

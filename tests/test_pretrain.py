@@ -14,6 +14,7 @@ import torch
 
 from pipelines.cli import main
 from pipelines.config import RunConfig, to_flat, to_record
+from pipelines.data.shards import SourceConfig
 from pipelines.errors import UserError
 from pipelines.pretrain import _root_cause, pretrain
 from pipelines.recipes import recipe
@@ -316,3 +317,22 @@ def test_a_second_run_starts_where_the_first_one_ended(finished: Finished) -> No
     finally:
         finished.client.set_registered_model_alias("topics", "candidate", "1")
     assert "all 1 steps have been made" in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_without_held_out_documents_is_registered_and_says_so(
+    corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(
+        recipe("text-tiny"),
+        name="all-in",
+        data=(str(corpus_dir),),
+        source=SourceConfig(heldout_ratio=0.0),
+        steps=2,
+    )
+    account, said = call(config)
+    assert account["registered"] == "models:/rayssl-text/1"
+    assert account["evaluation"] == {}
+    assert [line for line in said if line.startswith("no document is held out: ")]

@@ -100,6 +100,11 @@ def test_links_to_one_file_are_one_shard_of_the_name_that_tells_its_form(tmp_pat
     assert find_shards([str(tmp_path)]) == find_shards([str(tmp_path / "a.txt")])
 
 
+def test_no_pattern_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="no data: name raw shards"):
+        find_shards(())
+
+
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     for pattern in [str(tmp_path), str(tmp_path / "*.jsonl"), str(tmp_path / "gone.txt"), ""]:

@@ -66,9 +66,11 @@ def find_shards(patterns: Sequence[str], *, separate: bool = False) -> list[File
     With `separate`, each pattern is a source of its own.
 
     Raises:
-        UserError: If a pattern matches nothing, a file is of no known form, or a shard is in
-            two sources that are to be separate.
+        UserError: If there is no pattern, one matches nothing, a file is of no known form, or a
+            shard is in two sources that are to be separate.
     """
+    if not patterns:
+        raise UserError("no data: name raw shards, such as 'corpus/*.jsonl'")
     found: dict[str, File] = {}
     for source, pattern in enumerate(patterns):
         num_matches, number = 0, source if separate else 0

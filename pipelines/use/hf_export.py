@@ -66,6 +66,7 @@ def export(encoder: Encoder, directory: Path) -> None:
     def fill(aside: Path) -> None:
         (aside / "1_Pooling").mkdir()
         save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        (aside / "model.safetensors").chmod(0o644)  # as the other files: it is for others to load
         for name, record in records.items():
             (aside / name).write_text(json.dumps(record, indent=2) + "\n")
         (aside / "tokenizer.json").write_text(_hf_tokenizer(vocabulary).to_str(pretty=True))
