@@ -29,7 +29,11 @@ GCS_RETRY_SECONDS = 30
 
 # A query starts at a question mark before `name=`; any other one is a wildcard.
 _URI = re.compile(r"(?s)([A-Za-z][\w+.-]+)://([^/?]*)/?(.*?)(\?\w+=[^?]*)?")
-_SECRET = re.compile(r"(?i)//[^/]*:[^/]*@|[?&]\w*(key|secret|token|password|sig)\w*=")
+# A secret may hold a slash. Only these stores have a port there, and so a colon without a secret.
+_SECRET = re.compile(
+    r"(?is)^(?:(?:hdfs|viewfs)://[^/]*:[^/]*@|(?!hdfs:|viewfs:)[^/]*//[^/]*:.*@)"
+    r"|[?&]\w*(key|secret|token|password|sig)\w*="
+)
 _REQUEST_ID = re.compile(r" \(Request ID: [^)]*\)")
 
 
