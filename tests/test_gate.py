@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.config import FREE_TO_CHANGE
 from pipelines.data.gate import check
 from pipelines.data.indexing import build
 from pipelines.data.manifest import CUT, Manifest
+from pipelines.data.records import SMALL_CONTENT_BYTES
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import DataError
 from tests.corpus import make_text, serial_map
@@ -169,7 +171,7 @@ def test_a_cut_shard_is_left_out_whole_if_that_is_allowed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_quarantined_ratio": 0.5}, {"cut_shards": "quarantine"}, {"max_expansion": 1000.0}],
+    [{"max_quarantined_ratio": 0.5}, {"cut_shards": "quarantine"}],
 )
 def test_a_gate_is_no_part_of_the_fingerprint(tmp_path: Path, change: dict[str, Any]) -> None:
     files = broken(3, 50) | {"b.jsonl.gz": b"cut"}
@@ -178,6 +180,20 @@ def test_a_gate_is_no_part_of_the_fingerprint(tmp_path: Path, change: dict[str, 
     entry = replace(manifest.quarantined[0], detail="what another version says")
     other = replace(manifest, quarantined=(entry, *manifest.quarantined[1:]))
     assert other.fingerprint == manifest.fingerprint
+
+
+def test_what_counts_as_a_bomb_decides_what_is_read_and_is_part_of_the_fingerprint(
+    tmp_path: Path,
+) -> None:
+    tight = gzip.compress(b" " * (SMALL_CONTENT_BYTES + 1000) + LINE)
+    fingerprints = set()
+    for max_expansion, found in [(200.0, CUT), (2000.0, "quarantined:too-long")]:
+        settings = {"max_expansion": max_expansion, "cut_shards": "quarantine"}
+        manifest = manifest_of(tmp_path, {"a.jsonl.gz": tight}, **settings)
+        assert fates(manifest) == {found: 1}
+        fingerprints.add(manifest.fingerprint)
+    assert len(fingerprints) == 2
+    assert "source.max_expansion" not in FREE_TO_CHANGE
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ Split = Literal["training", "heldout"]
 
 CUT = "quarantined:cut-shard"
 """The fate of a shard that cannot be read to its end: it counts as one record."""
-GATES = ("max_quarantined_ratio", "cut_shards", "max_expansion")
+GATES = ("max_quarantined_ratio", "cut_shards")
 """Fields of the source that only say whether a corpus may be used, never how it is read."""
 
 
@@ -56,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Contiguous records of one shard; in parquet, of one row group."""
+    """Contiguous records of one shard; in parquet, of one row group, all of it if it is small."""
 
     shard: int
     offset: int
