@@ -110,7 +110,9 @@ class _Findings:
             )
         self._bytes += record.bytes
         self._fates[fate] += 1
-        if self._bytes >= self._block_bytes:
+        # To start within a row group costs all before it again.
+        limit = self._block_bytes if self.unit == "byte" else MAX_BLOCK_BYTES
+        if self._bytes >= limit:
             self.close_block()
 
     def close_block(self) -> None:

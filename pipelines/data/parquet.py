@@ -45,7 +45,7 @@ def row_groups(
 
 
 def rows_from(name: str, column: str, first_row: int, seen: Seen) -> Iterator[Record]:
-    """Yield the records from a row to the end of its row group.
+    """Yield the records from a row to the end of its row group, which is decoded from its start.
 
     Raises:
         OSError: If they cannot be read; or another of pyarrow's errors.
@@ -91,6 +91,8 @@ def _rows(
     ):
         skipped = max(0, first_row - num_rows)
         num_rows += batch.num_rows
+        if num_rows <= first_row:
+            continue
         # As bytes: pyarrow does not look whether strings are UTF-8.
         values = batch.column(column).slice(skipped).cast(pa.large_binary())
         for value in values.to_pylist():
