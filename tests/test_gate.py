@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipelines.data.indexing import build
 from pipelines.data.manifest import CUT, Manifest
 from pipelines.data.records import SMALL_CONTENT_BYTES
 from pipelines.data.shards import SourceConfig, find_shards
-from pipelines.errors import DataError
+from pipelines.errors import DataError, OutageError
 from tests.corpus import make_text, serial_map
 
 HTML = b"<!doctype html>\n<html><body><p>404: not found</p></body></html>\n"
@@ -211,15 +210,16 @@ def test_a_corpus_without_training_documents_is_refused(
 
 
 def test_a_store_that_fails_leaves_no_shard_out(tmp_path: Path) -> None:
-    """Only a shard whose bytes can all be read is cut; the rest is for another day."""
-
-    def vanish(function: Callable[[Any], Any], files: Any) -> list[Any]:
-        (tmp_path / "b.jsonl.gz").unlink()
-        return serial_map(function, files)
-
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINE))
-    with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read .*try again"):
-        build(find_shards([str(tmp_path)]), SourceConfig(cut_shards="quarantine"), vanish)
+    """Only a shard whose bytes can all be read is cut."""
+    path, source = tmp_path / "b.jsonl.gz", SourceConfig(cut_shards="quarantine")
+    path.write_bytes(gzip.compress(LINE))
+    listed = find_shards([str(tmp_path)])
+    path.unlink()
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: is gone .*restore this shard"):
+        build(listed, source, serial_map)
+    path.mkdir()  # which is there and cannot be read
+    with pytest.raises(OutageError, match=r"b\.jsonl\.gz: cannot be read .*try again once"):
+        build(listed, source, serial_map)
 
 
 @pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz"])
