@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
 from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
 from pipelines.data.filesystems import join
 from pipelines.data.manifest import Document, Manifest
+from pipelines.data.parquet import ids_from
 from pipelines.data.records import Form
 from pipelines.data.shards import records_from
 from pipelines.errors import DataError, OutageError, UserError
@@ -190,11 +191,11 @@ def _field_values(manifest: Manifest, number: int, field: str) -> Iterator[str |
     """Yield a field of every record of a block, or None where there is no such thing."""
     block = manifest.blocks[number]
     shard = manifest.shards[block.shard]
-    # In parquet the field is a column of its own, and as a value it is read like a text.
-    source = manifest.source
-    source = replace(source, text_field=field) if shard.form == "parquet" else source
     name = join(manifest.root, shard.path)
-    found = records_from(name, source, block.offset, lambda _: None)
+    if shard.form == "parquet":
+        found = ids_from(name, field, block.offset)
+    else:
+        found = records_from(name, manifest.source, block.offset, lambda _: None)
     for record in islice(found, block.records):
         yield _field_value(record.data or b"", shard.form, field)
 
