@@ -30,6 +30,10 @@ class StorageError(UserError):
     exit_code = 75
 
 
+class OutageError(StorageError):
+    """Raw data cannot be read for now; exit code 75, and training is tried again by itself."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint such as ` Did you mean 'pretrain'?`, or the list of what is known."""
     import difflib  # only where something went wrong: what starts the command imports this module

@@ -25,7 +25,7 @@ from ray.train.v2.api.config import FailureConfig
 from pipelines.cluster import causes, cluster, unwrap
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.console import Progress, say
-from pipelines.errors import TrainingError, UserError
+from pipelines.errors import OutageError, TrainingError, UserError
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
 from pipelines.training.checkpoint import CommitLog
@@ -77,7 +77,7 @@ def train(run: Run, worker: Any = train_worker) -> None:
 
     Raises:
         TrainingError: If the workers failed more often than `max_restarts`, or cannot succeed.
-        UserError: The one that a worker raised; it is not tried again.
+        UserError: The one that a worker raised; but for an outage it is not tried again.
     """
     failures = 0
     step, last = _steps_made(run), run.config.steps
@@ -234,7 +234,7 @@ def _attempt(run: Run, worker: Any) -> str | None:
     """Start the workers once, show how they get on, and return why they failed, if they did.
 
     Raises:
-        UserError: The one that a worker raised.
+        UserError: The one that a worker raised, but for an outage.
     """
     progress = Progress(run.dir, run.config)
     done = _in_thread(lambda: _fit(run, worker))
@@ -245,11 +245,12 @@ def _attempt(run: Run, worker: Any) -> str | None:
     error = done.exception()
     if error is None:
         return None
-    if isinstance(found := unwrap(error), UserError):
+    found = unwrap(error)
+    if isinstance(found, UserError) and not isinstance(found, OutageError):
         raise found from error
     if run.config.verbose:
         traceback.print_exception(error)
-    return _root_cause(error)
+    return str(found) if isinstance(found, OutageError) else _root_cause(error)
 
 
 def _fit(run: Run, worker: Any) -> None:

@@ -140,7 +140,7 @@ def index(
     """
     files = find_shards(patterns, separate=separate)
     reading = {name: value for name, value in vars(source).items() if name not in GATES}
-    state = json.dumps([files, reading, source.max_expansion])
+    state = json.dumps([files, reading])
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one
         cached = json.loads(cache.read_text())
         if cached["state"] == state:

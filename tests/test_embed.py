@@ -251,6 +251,21 @@ def test_ids_of_parquet_are_a_column_of_its_own(bundle: Path, tmp_path: Path) ->
         write_unit(job, 0)
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint8()])
+def test_ids_of_parquet_can_be_whole_numbers_and_nothing_else(
+    bundle: Path, tmp_path: Path, kind: pa.DataType
+) -> None:
+    columns = {"text": ["the sea", "", "a tide"], "n": pa.array([0, 1, 200], kind)}
+    columns["share"] = pa.array([0.5, 1.5, 2.5])
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data" / "a.parquet")
+    assert write_unit(make_job(bundle, tmp_path / "data", tmp_path / "out", "n"), 0) == 2
+    assert pq.read_table(tmp_path / "out")["id"].to_pylist() == ["0", "200"]
+    for wrong in ("share", "none"):
+        with pytest.raises(DataError, match=f"no column '{wrong}' of .* numbers.* --id-field$"):
+            write_unit(make_job(bundle, tmp_path / "data", tmp_path / "other", wrong), 0)
+
+
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("value", [None, True, 1.5, ["a"]])
 def test_a_document_without_an_id_is_named(

@@ -1,7 +1,7 @@
 """The fast tokenizer is used where it is equal to `tokenizers`, and for nearly all English."""
 
-import logging
 import random
+import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import compress
@@ -202,7 +202,7 @@ def test_nearly_all_english_goes_the_fast_way() -> None:
     prose = "\u201cNaïve,\u201d the café\u2019s owner said \u2014 it\u2019s £5\u2026 or €6!\n"
     texts = [document.text for document in make_documents(60)]
     sentences = [s for text in [*texts, prose] for s in split_sentences("en", text)]
-    fast = fast_tokenizer(english().tokenizer)
+    fast, _ = fast_tokenizer(english().tokenizer)
     assert fast is not None
     sizes = np.array([len(sentence.encode()) for sentence in sentences])
     assert sizes[fast.knows(sentences)].sum() >= 0.99 * sizes.sum()
@@ -228,25 +228,30 @@ def test_texts_keep_their_places_whichever_way_each_goes() -> None:
         ("max_input_chars_per_word", 50, "its pieces are used otherwise"),
     ],
 )
-def test_other_tokenizers_go_the_slow_way_and_the_log_says_so(
-    part: str, value: object, said: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_tokenizers_go_the_slow_way_and_say_why(part: str, value: object, said: str) -> None:
     pieces = english().tokenizer.get_vocab()
     tokenizer = Tokenizer(WordPiece(pieces, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
     setattr(tokenizer.model if part.startswith("max") else tokenizer, part, value)
     vocabulary = Vocabulary(tokenizer.to_str())
-    with caplog.at_level(logging.WARNING):
-        assert_equal(vocabulary, [*LANGUAGES, "x" * 60])
-        assert_equal(vocabulary, LANGUAGES)
-    assert [record.message for record in caplog.records if said in record.message] == (
-        caplog.messages
-    )
-    assert len(caplog.messages) == 1
+    assert said in vocabulary.slow_because
+    assert_equal(vocabulary, [*LANGUAGES, "x" * 60])
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "tokie"])
+def test_other_versions_than_the_measured_ones_go_the_slow_way_and_say_why(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert english().slow_because == ""
+    monkeypatch.setitem(fast_tokens.MEASURED, library, "0.0.1")
+    vocabulary = Vocabulary(english().json)
+    said = rf"{library} is \d\S+, and .* measured with 0\.0\.1"
+    assert re.fullmatch(said, vocabulary.slow_because)
+    assert_equal(vocabulary, LANGUAGES)
 
 
 def test_a_fast_tokenizer_that_fails_the_self_check_is_not_used(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As if the table were of other versions: of an unassigned code point the two disagree.
     wrong = AGREED.copy()
@@ -254,9 +259,5 @@ def test_a_fast_tokenizer_that_fails_the_self_check_is_not_used(
     monkeypatch.setattr(fast_tokens, "AGREED", wrong)
     pieces = [*english().tokenizer.get_vocab(), "\u0382", "##\u0382"]
     vocabulary = Vocabulary(bert_tokenizer(pieces, lowercase=True).to_str())
-    with caplog.at_level(logging.WARNING):
-        assert_equal(vocabulary, [*LANGUAGES, "a\u0382"])
-    assert caplog.messages == [
-        "the fast tokenizer is not used, which takes longer: it has other ids for a sample of the "
-        "pieces"
-    ]
+    assert vocabulary.slow_because == "the fast tokenizer has other ids for a sample of the pieces"
+    assert_equal(vocabulary, [*LANGUAGES, "a\u0382"])

@@ -25,6 +25,8 @@ OPTIONS = "?endpoint_override=127.0.0.1:9000&scheme=http"
         ("s3://bucket/part-?.txt", Place("s3://bucket", "part-?.txt", "")),
         (f"s3://bucket/part-?.txt{OPTIONS}", Place("s3://bucket", "part-?.txt", OPTIONS)),
         ("gs://anonymous@bucket/a.txt", Place("gs://anonymous@bucket", "a.txt", "")),
+        ("hdfs://host:8020/a@b.txt", Place("hdfs://host:8020", "a@b.txt", "")),
+        ("s3://bucket/a:b@c//d:e@f.txt", Place("s3://bucket", "a:b@c//d:e@f.txt", "")),
     ],
 )
 def test_a_name_has_parts_and_is_made_of_them_again(name: str, place: Place) -> None:
@@ -67,6 +69,10 @@ def test_names_are_split_at_their_root_and_joined_again(
     "name",
     [
         "s3://KEY:hidden@bucket/a.txt",
+        "s3://KEY:hid/hidden@bucket/a.txt",
+        "s3://KEY:1/hidden@bucket/a.txt",
+        "s3://KEY:hidden?x/y\nhidden@bucket/a.txt",
+        "hdfs://user:hidden@host:8020/a.txt",
         "s3://bucket/a.txt?secret_key=hidden",
         "s3://bucket/a.txt?region=us-east-1&access_key=hidden",
         "abfs://bucket/a.txt?sas_token=hidden",

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.config import FREE_TO_CHANGE
 from pipelines.data.gate import check
 from pipelines.data.indexing import build
 from pipelines.data.manifest import CUT, Manifest
+from pipelines.data.records import SMALL_CONTENT_BYTES
 from pipelines.data.shards import SourceConfig, find_shards
-from pipelines.errors import DataError
+from pipelines.errors import DataError, OutageError
 from tests.corpus import make_text, serial_map
 
 HTML = b"<!doctype html>\n<html><body><p>404: not found</p></body></html>\n"
@@ -169,7 +170,7 @@ def test_a_cut_shard_is_left_out_whole_if_that_is_allowed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_quarantined_ratio": 0.5}, {"cut_shards": "quarantine"}, {"max_expansion": 1000.0}],
+    [{"max_quarantined_ratio": 0.5}, {"cut_shards": "quarantine"}],
 )
 def test_a_gate_is_no_part_of_the_fingerprint(tmp_path: Path, change: dict[str, Any]) -> None:
     files = broken(3, 50) | {"b.jsonl.gz": b"cut"}
@@ -178,6 +179,20 @@ def test_a_gate_is_no_part_of_the_fingerprint(tmp_path: Path, change: dict[str, 
     entry = replace(manifest.quarantined[0], detail="what another version says")
     other = replace(manifest, quarantined=(entry, *manifest.quarantined[1:]))
     assert other.fingerprint == manifest.fingerprint
+
+
+def test_what_counts_as_a_bomb_decides_what_is_read_and_is_part_of_the_fingerprint(
+    tmp_path: Path,
+) -> None:
+    tight = gzip.compress(b" " * (SMALL_CONTENT_BYTES + 1000) + LINE)
+    fingerprints = set()
+    for max_expansion, found in [(200.0, CUT), (2000.0, "quarantined:too-long")]:
+        settings = {"max_expansion": max_expansion, "cut_shards": "quarantine"}
+        manifest = manifest_of(tmp_path, {"a.jsonl.gz": tight}, **settings)
+        assert fates(manifest) == {found: 1}
+        fingerprints.add(manifest.fingerprint)
+    assert len(fingerprints) == 2
+    assert "source.max_expansion" not in FREE_TO_CHANGE
 
 
 @pytest.mark.parametrize(
@@ -195,15 +210,16 @@ def test_a_corpus_without_training_documents_is_refused(
 
 
 def test_a_store_that_fails_leaves_no_shard_out(tmp_path: Path) -> None:
-    """Only a shard whose bytes can all be read is cut; the rest is for another day."""
-
-    def vanish(function: Callable[[Any], Any], files: Any) -> list[Any]:
-        (tmp_path / "b.jsonl.gz").unlink()
-        return serial_map(function, files)
-
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINE))
-    with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read .*try again"):
-        build(find_shards([str(tmp_path)]), SourceConfig(cut_shards="quarantine"), vanish)
+    """Only a shard whose bytes can all be read is cut."""
+    path, source = tmp_path / "b.jsonl.gz", SourceConfig(cut_shards="quarantine")
+    path.write_bytes(gzip.compress(LINE))
+    listed = find_shards([str(tmp_path)])
+    path.unlink()
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: is gone .*restore this shard"):
+        build(listed, source, serial_map)
+    path.mkdir()  # which is there and cannot be read
+    with pytest.raises(OutageError, match=r"b\.jsonl\.gz: cannot be read .*try again once"):
+        build(listed, source, serial_map)
 
 
 @pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz"])

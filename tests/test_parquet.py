@@ -27,14 +27,14 @@ def write(path: Path, texts: Any, **settings: Any) -> Path:
     return path
 
 
-def index(path: Path, source: SourceConfig = SOURCE, block_bytes: int = 3000) -> ShardIndex:
-    return Indexer(source=source, block_bytes=block_bytes)(find_shards([str(path)])[0])
+def index(path: Path, source: SourceConfig = SOURCE) -> ShardIndex:
+    return Indexer(source=source, block_bytes=3000)(find_shards([str(path)])[0])
 
 
 def manifest_of(path: Path, source: SourceConfig = SOURCE) -> Manifest:
     """Return a manifest of blocks smaller than a row group."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.data.indexing.MIN_BLOCK_BYTES", 3000)
+        patch.setattr("pipelines.data.indexing.MAX_BLOCK_BYTES", 3000)
         return build(find_shards([str(path)]), source, serial_map)
 
 
@@ -70,6 +70,14 @@ def test_a_block_is_rows_that_cross_no_row_group(tmp_path: Path) -> None:
         groups.add(block.offset // 30)
     assert next_row == 100
     assert len(groups) == 4 < len(manifest.blocks)
+
+
+def test_a_row_group_of_ordinary_size_is_one_block_and_decoded_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", TEXTS)
+    found = index(path)
+    assert [block.records for block in found.blocks] == [30, 30, 30, 10]
+    assert min(block.bytes for block in found.blocks[:3]) > 3000
+    assert index(path) == found
 
 
 def test_a_null_is_quarantined_and_found_by_its_row(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.text import TextRows
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError, OutageError, UserError
 from tests.command import command
 from tests.corpus import make_text, serial_map
 
+OPTIONS = "?endpoint_override={}&scheme=http&region=us-east-1"
 SOURCE = SourceConfig(txt_documents="blank-line", heldout_ratio=0.2)
 
 
@@ -44,17 +46,25 @@ class Store(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """Run an S3 server on loopback with credentials of its own; return its address."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    started = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    started.start()
-    with pytest.MonkeyPatch.context() as patch:
+    """Return the address of the server that the tests share."""
+    with pytest.MonkeyPatch.context() as patch, serving() as address:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        host, port = started.get_host_and_port()
+        yield address
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """Run an S3 server on loopback; yield its address."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    started = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    started.start()
+    host, port = started.get_host_and_port()
+    try:
         yield f"{host}:{port}"
-    started.stop()
+    finally:
+        started.stop()
 
 
 @pytest.fixture
@@ -79,7 +89,7 @@ def store(server: str, tmp_path: Path) -> Store:
     for path in folder.rglob("*.*"):
         client.upload_file(path, "shards", f"corpus/{path.relative_to(folder)}")
     client.put_object(Bucket="shards", Key="corpus/_SUCCESS", Body=b"")
-    return Store(client, f"?endpoint_override={server}&scheme=http&region=us-east-1", folder)
+    return Store(client, OPTIONS.format(server), folder)
 
 
 def manifest_of(pattern: str) -> Manifest:
@@ -131,7 +141,19 @@ def test_a_vanished_or_changed_object_is_refused_by_name(store: Store) -> None:
     with pytest.raises(DataError, match=r"^s3://shards/corpus/a\.jsonl\?.*: bytes .* changed"):
         manifest.read(0, "training")
     store.client.delete_object(Bucket="shards", Key="corpus/a.jsonl")
-    with pytest.raises(DataError, match=r"^s3://shards/corpus/a\.jsonl\?.*: cannot be read any"):
+    with pytest.raises(DataError, match=r"^s3://shards/corpus/a\.jsonl\?.*: is gone \("):
+        manifest.read(0, "training")
+
+
+def test_a_store_that_fails_is_an_outage_and_no_harm_to_its_shards(server: str) -> None:
+    del server  # for its credentials
+    with serving() as address:
+        client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+        client.create_bucket(Bucket="brief")
+        client.put_object(Bucket="brief", Key="a.txt.gz", Body=gzip.compress(b"the tide"))
+        manifest = manifest_of(f"s3://brief{OPTIONS.format(address)}")
+        assert list(manifest.texts("training")) == ["the tide"]
+    with pytest.raises(OutageError, match=r"a\.txt\.gz\?.*: cannot be read \(.*connect"):
         manifest.read(0, "training")
 
 
@@ -141,7 +163,7 @@ def test_a_cut_object_is_a_cut_shard_and_a_vanished_one_is_not(store: Store) -> 
     assert manifest.quarantined[0].detail == "Truncated compressed stream"
     files = find_shards([store.uri("cut")])
     store.client.delete_object(Bucket="shards", Key="cut/a.jsonl.gz")
-    with pytest.raises(DataError, match=r"cut/a\.jsonl\.gz\?.*: cannot be read \("):
+    with pytest.raises(DataError, match=r"cut/a\.jsonl\.gz\?.*: is gone \("):
         build(files, SOURCE, serial_map)
 
 

@@ -108,6 +108,24 @@ def test_changed_data_ends_a_run_at_once_and_restored_data_lets_it_go_on(
 
 
 @pytest.mark.slow
+def test_an_outage_is_counted_as_a_failure_and_ends_no_run(
+    open_tiny: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = open_tiny(max_restarts=1, steps=4)
+    shard = Path(run.manifest.root) / run.manifest.shards[0].path
+    away = shard.rename(shard.with_suffix(".away"))
+    shard.mkdir()  # which is there and cannot be read
+    try:
+        with pytest.raises(TrainingError, match=f"{shard.name}: cannot be read .* try again"):
+            train(run)
+    finally:
+        shard.rmdir()
+        away.rename(shard)
+    assert "restart 1 of 1" in capfd.readouterr().out
+    assert len(run.log.attempts()) == 2
+
+
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_ends_a_run_at_once(open_tiny: Callable[..., Run]) -> None:
     optimizer = replace(recipe("text-tiny").optimizer, learning_rate=1e30)
     run = open_tiny(max_restarts=3, optimizer=optimizer)

@@ -14,7 +14,7 @@ The tests hold the two equal on every code point of the table between various ne
 vocabularies with all kinds of holes, and on texts of many languages.
 """
 
-import logging
+from importlib.metadata import version
 from itertools import cycle
 from tempfile import NamedTemporaryFile
 
@@ -52,8 +52,11 @@ e 2 d 3 a 5 38 7 f 2 b 6 9 7 93 1 66 406 a6e0 20 103a 6 de 102 1582 e 1d31 f 26e
 """
 """How many code points in a row, from 0 on, both agree on and do not, in turn; hexadecimal.
 
-Made by asking tokenizers 0.23.3 and tokie 0.1.4; without private use and scripts out of use.
+Made by asking the versions in MEASURED; without private use and scripts out of use.
 """
+
+MEASURED = {"tokenizers": "0.23.3", "tokie": "0.1.4"}
+"""The versions that the table was made with: others may have other tables of Unicode."""
 
 
 def _agreed() -> NDArray[np.bool_]:
@@ -72,8 +75,6 @@ FOLDS = ((True, None), (True, True), (False, None), (False, False))
 
 SAMPLED_PIECES = 2000
 """Pieces of a vocabulary that the self-check compares."""
-
-logger = logging.getLogger(__name__)
 
 
 class FastTokenizer:
@@ -112,20 +113,18 @@ class FastTokenizer:
         return ids, lengths.astype(np.int64)
 
 
-def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer | None:
-    """Return the fast form of a WordPiece tokenizer without added tokens, if there is one.
+def fast_tokenizer(tokenizer: Tokenizer) -> tuple[FastTokenizer | None, str]:
+    """Return the fast form of a WordPiece tokenizer without added tokens, or why it has none.
 
-    It stands for BERT's normalizer and pre-tokenizer alone, and has to pass a self-check first.
-    A tokenizer that it cannot stand for is told of in the log.
+    It stands for BERT's normalizer and pre-tokenizer alone, is known to be equal in the measured
+    versions, and has to pass a self-check first.
     """
-    reason = _not_of_bert(tokenizer)
-    if not reason:
-        fast = FastTokenizer(tokenizer)
-        if _same(fast, tokenizer):
-            return fast
-        reason = "it has other ids for a sample of the pieces"
-    logger.warning("the fast tokenizer is not used, which takes longer: %s", reason)
-    return None
+    if reason := _not_measured() or _not_of_bert(tokenizer):
+        return None, reason
+    fast = FastTokenizer(tokenizer)
+    if not _same(fast, tokenizer):
+        return None, "the fast tokenizer has other ids for a sample of the pieces"
+    return fast, ""
 
 
 def dead_ends(tokenizer: Tokenizer) -> set[str]:
@@ -141,6 +140,14 @@ def dead_ends(tokenizer: Tokenizer) -> set[str]:
         and can_continue(letter)
         and normalize(letter) == letter
     }
+
+
+def _not_measured() -> str:
+    """Return which library is not of the version that was measured, or nothing."""
+    for name, measured in MEASURED.items():
+        if (installed := version(name)) != measured:
+            return f"{name} is {installed}, and the fast tokenizer was measured with {measured}"
+    return ""
 
 
 def _not_of_bert(tokenizer: Tokenizer) -> str:

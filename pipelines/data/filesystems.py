@@ -11,14 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
 
-from pipelines.errors import UserError
+from pipelines.errors import DataError, OutageError, UserError
 
 READ_ERRORS = (OSError, pa.ArrowException)
 """What pyarrow raises when a file cannot be found, read or decoded."""
@@ -29,7 +29,11 @@ GCS_RETRY_SECONDS = 30
 
 # A query starts at a question mark before `name=`; any other one is a wildcard.
 _URI = re.compile(r"(?s)([A-Za-z][\w+.-]+)://([^/?]*)/?(.*?)(\?\w+=[^?]*)?")
-_SECRET = re.compile(r"(?i)//[^/]*:[^/]*@|[?&]\w*(key|secret|token|password|sig)\w*=")
+# A secret may hold a slash. Only these stores have a port there, and so a colon without a secret.
+_SECRET = re.compile(
+    r"(?is)^(?:(?:hdfs|viewfs)://[^/]*:[^/]*@|(?!hdfs:|viewfs:)[^/]*//[^/]*:.*@)"
+    r"|[?&]\w*(key|secret|token|password|sig)\w*="
+)
 _REQUEST_ID = re.compile(r" \(Request ID: [^)]*\)")
 
 
@@ -109,6 +113,24 @@ def open_file(name: str) -> pa.NativeFile:
     place = parse(name)
     filesystem, base = _connect(place.head, place.options)
     return filesystem.open_input_file(_full(base, place.path))
+
+
+def read_through(name: str) -> int:
+    """Read all bytes of a file, and return how many: what fails nevertheless is their content.
+
+    Raises:
+        DataError: If there is no such file any more.
+        OutageError: If its store does not give all of it.
+    """
+    try:
+        with open_file(name) as file:
+            return sum(map(len, iter(partial(file.read, 1 << 20), b"")))
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: is gone ({reason(error)}); restore this shard") from error
+    except READ_ERRORS as error:
+        raise OutageError(
+            f"{name}: cannot be read ({reason(error)}); try again once its store answers"
+        ) from error
 
 
 def split_root(names: Sequence[str]) -> tuple[str, list[str]]:

@@ -4,11 +4,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
-from pipelines.data.filesystems import READ_ERRORS, File, open_file, reason, split_root
+from pipelines.data.filesystems import READ_ERRORS, File, read_through, reason, split_root
 from pipelines.data.manifest import CUT, Block, Entry, Manifest, Quarantined, Shard, fate_of
-from pipelines.data.records import CHUNK_BYTES, Record, suffixes
+from pipelines.data.records import Record, suffixes
 from pipelines.data.shards import SourceConfig, form_of, parts, unit_of
 from pipelines.errors import DataError
 
@@ -39,8 +38,8 @@ def build(
     `gate.check` to say.
 
     Raises:
-        DataError: If a shard vanished, changed or lost its store meanwhile, or has no column of
-            the name.
+        DataError: If a shard vanished or changed meanwhile, or has no column of the name.
+        OutageError: If the store of a shard fails.
     """
     root, names = split_root([file.name for file in files])
     size = sum(file.bytes for file in files)
@@ -60,8 +59,8 @@ class Indexer:
         """Return the blocks and the ledger of one shard, by its whole name.
 
         Raises:
-            DataError: If its store cannot be read, it changed meanwhile, or it has no column of
-                the name.
+            DataError: If it vanished or changed meanwhile, or has no column of the name.
+            OutageError: If its store fails.
         """
         found = _Findings(file, self.source, self.block_bytes)
         try:
@@ -70,7 +69,9 @@ class Indexer:
                     found.add(record)
                 found.close_block()
         except READ_ERRORS as error:
-            _refuse_lost(file)
+            # Only a shard whose bytes can all be read is cut: no outage may leave shards out.
+            if (num_bytes := read_through(file.name)) != file.bytes:
+                raise _changed(file, num_bytes) from error
             return _left_out(file, self.source, reason(error))
         if suffixes(file.name)[1] == "" and found.unit == "byte" and found.offset != file.bytes:
             raise _changed(file, found.offset)
@@ -110,7 +111,9 @@ class _Findings:
             )
         self._bytes += record.bytes
         self._fates[fate] += 1
-        if self._bytes >= self._block_bytes:
+        # To start within a row group costs all before it again.
+        limit = self._block_bytes if self.unit == "byte" else MAX_BLOCK_BYTES
+        if self._bytes >= limit:
             self.close_block()
 
     def close_block(self) -> None:
@@ -170,21 +173,6 @@ def _left_out(file: File, source: SourceConfig, detail: str) -> ShardIndex:
         ledger={CUT: Entry(records=1, bytes=file.bytes)},
         quarantined=(entry,),
     )
-
-
-def _refuse_lost(file: File) -> None:
-    """Tell a shard that is cut from one whose store fails: no outage may leave shards out.
-
-    Raises:
-        DataError: If the bytes of the file cannot be read, or are not as many as were listed.
-    """
-    try:
-        with open_file(file.name) as raw:
-            num_bytes = sum(map(len, iter(partial(raw.read, CHUNK_BYTES), b"")))
-    except READ_ERRORS as error:
-        raise DataError(f"{file.name}: cannot be read ({reason(error)}); try again") from error
-    if num_bytes != file.bytes:
-        raise _changed(file, num_bytes)
 
 
 def _changed(file: File, num_bytes: int) -> DataError:

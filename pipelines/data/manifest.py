@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from pipelines.data.filesystems import READ_ERRORS, join, reason
+from pipelines.data.filesystems import READ_ERRORS, join, read_through, reason
 from pipelines.data.records import Form
 from pipelines.data.shards import Rejected, SourceConfig, document, records_from, unit_of
 from pipelines.errors import DataError
@@ -24,7 +24,7 @@ Split = Literal["training", "heldout"]
 
 CUT = "quarantined:cut-shard"
 """The fate of a shard that cannot be read to its end: it counts as one record."""
-GATES = ("max_quarantined_ratio", "cut_shards", "max_expansion")
+GATES = ("max_quarantined_ratio", "cut_shards")
 """Fields of the source that only say whether a corpus may be used, never how it is read."""
 
 
@@ -56,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Contiguous records of one shard; in parquet, of one row group."""
+    """Contiguous records of one shard; in parquet, of one row group, all of it if it is small."""
 
     shard: int
     offset: int
@@ -141,22 +141,32 @@ class Manifest:
 
         Raises:
             DataError: If the bytes are not the ones that were indexed.
+            OutageError: If the store of the shard fails.
         """
+        try:
+            return self._read(number, split)
+        except READ_ERRORS:
+            name = join(self.root, self.shards[self.blocks[number].shard].path)
+            read_through(name)
+        # Its store gives every byte, maybe again: only what fails now is harm to the shard.
+        try:
+            return self._read(number, split)
+        except READ_ERRORS as error:
+            raise DataError(
+                f"{name}: cannot be read any more ({reason(error)}); restore this shard"
+            ) from error
+
+    def _read(self, number: int, split: Split) -> list[Document]:
         block = self.blocks[number]
         shard = self.shards[block.shard]
         name = join(self.root, shard.path)
         digest = hashlib.sha256()
         found: list[Document] = []
-        try:
-            records = records_from(name, self.source, block.offset, digest.update)
-            for i, record in enumerate(islice(records, block.records)):
-                fate, text = fate_of(record.data, shard.form, self.source)
-                if fate == split:
-                    found.append(Document(block.first_record + i, content_hash(text), text))
-        except READ_ERRORS as error:
-            raise DataError(
-                f"{name}: cannot be read any more ({reason(error)}); restore this shard"
-            ) from error
+        records = records_from(name, self.source, block.offset, digest.update)
+        for i, record in enumerate(islice(records, block.records)):
+            fate, text = fate_of(record.data, shard.form, self.source)
+            if fate == split:
+                found.append(Document(block.first_record + i, content_hash(text), text))
         if digest.hexdigest() != block.sha256:
             unit = unit_of(name)
             end = block.offset + (block.records if unit == "row" else block.bytes)

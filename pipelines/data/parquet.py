@@ -4,8 +4,9 @@ A record is one value, as the bytes that the column holds. Nothing else of the f
 of a row group never more at once than a page and a few rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,27 @@ BATCH_ROWS = 8
 _NULL = b"\xff" * 8
 
 
+class Wanted(NamedTuple):
+    """What a column has to hold, and the flag that chooses it."""
+
+    what: str
+    flag: str
+    has: Callable[[pa.DataType], bool]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return _is_text(kind) or pa.types.is_integer(kind)
+
+
+TEXTS = Wanted("strings", "--source.text-field", _is_text)
+IDS = Wanted("strings or whole numbers", "--id-field", _is_id)
+
+
 def row_groups(
     name: str, column: str, max_expansion: float, seen: Seen
 ) -> Iterator[Iterator[Record]]:
@@ -29,7 +51,7 @@ def row_groups(
         DataError: If it has no such column of strings.
     """
     total = 0
-    with _open(name, column) as (shard, file_bytes):
+    with _open(name, column, TEXTS) as (shard, file_bytes):
 
         def counted(data: bytes) -> None:
             nonlocal total
@@ -45,13 +67,19 @@ def row_groups(
 
 
 def rows_from(name: str, column: str, first_row: int, seen: Seen) -> Iterator[Record]:
-    """Yield the records from a row to the end of its row group.
+    """Yield the records from a row to the end of its row group, which is decoded from its start.
 
     Raises:
         OSError: If they cannot be read; or another of pyarrow's errors.
         DataError: If the shard has no such column of strings.
     """
-    with _open(name, column) as (shard, _):
+    return _from_row(name, column, first_row, seen, TEXTS)
+
+
+def _from_row(
+    name: str, column: str, first_row: int, seen: Seen, wanted: Wanted
+) -> Iterator[Record]:
+    with _open(name, column, wanted) as (shard, _):
         for group in range(shard.num_row_groups):
             num_rows = shard.metadata.row_group(group).num_rows
             if first_row < num_rows:
@@ -60,18 +88,28 @@ def rows_from(name: str, column: str, first_row: int, seen: Seen) -> Iterator[Re
             first_row -= num_rows
 
 
+def ids_from(name: str, column: str, first_row: int) -> Iterator[Record]:
+    """Yield the strings or whole numbers of a column, these in decimal, as `rows_from` does.
+
+    Raises:
+        OSError: If they cannot be read; or another of pyarrow's errors.
+        DataError: If the shard has no such column.
+    """
+    return _from_row(name, column, first_row, lambda _: None, IDS)
+
+
 @contextmanager
-def _open(name: str, column: str) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """Open a shard that has such a column of strings; the second is its size in bytes."""
+def _open(name: str, column: str, wanted: Wanted) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """Open a shard that has such a column; the second is its size in bytes."""
     with open_file(name) as file:
         shard = pq.ParquetFile(file, page_checksum_verification=True)
         schema = shard.schema_arrow
         index = schema.get_field_index(column)  # -1 also where two have the name
-        if index < 0 or not _is_text(schema.field(index).type):
+        if index < 0 or not wanted.has(schema.field(index).type):
             there = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise DataError(
-                f"{name}: no column {column!r} of strings; it has {there:.500}; "
-                "choose one with --source.text-field"
+                f"{name}: no column {column!r} of {wanted.what}; it has {there:.500}; "
+                f"choose one with {wanted.flag}"
             )
         yield shard, file.size()
 
@@ -91,16 +129,16 @@ def _rows(
     ):
         skipped = max(0, first_row - num_rows)
         num_rows += batch.num_rows
+        if num_rows <= first_row:
+            continue
+        values = batch.column(column).slice(skipped)
+        if pa.types.is_integer(values.type):
+            values = values.cast(pa.string())
         # As bytes: pyarrow does not look whether strings are UTF-8.
-        values = batch.column(column).slice(skipped).cast(pa.large_binary())
+        values = values.cast(pa.large_binary())
         for value in values.to_pylist():
             # With its length before it, so that no two columns are hashed as the same bytes.
             seen(_NULL if value is None else len(value).to_bytes(8, "little") + value)
             yield Record(value, len(value or b""))
     if num_rows != shard.metadata.row_group(group).num_rows:
         raise OSError(f"row group {group} holds {num_rows} rows, not what its footer says")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return kind in (pa.string(), pa.large_string(), pa.string_view())

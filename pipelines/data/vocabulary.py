@@ -98,8 +98,17 @@ class Vocabulary:
         flat[is_quick], flat[~is_quick] = quick_ids, exact_ids
         return flat, lengths
 
-    @cached_property
+    @property
+    def slow_because(self) -> str:
+        """Why `tokenizers` makes all ids itself, which takes longer; nothing if it need not."""
+        return self._fast_or_reason[1]
+
+    @property
     def _fast(self) -> FastTokenizer | None:
+        return self._fast_or_reason[0]
+
+    @cached_property
+    def _fast_or_reason(self) -> tuple[FastTokenizer | None, str]:
         return fast_tokenizer(self.tokenizer)
 
     def _encode_quickly(self, texts: list[str]) -> tuple[Tokens, Ints]:

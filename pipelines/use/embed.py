@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,15 +25,19 @@ from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
 from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
 from pipelines.data.filesystems import join
 from pipelines.data.manifest import Document, Manifest
+from pipelines.data.parquet import ids_from
 from pipelines.data.records import Form
 from pipelines.data.shards import records_from
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError, OutageError, UserError
 from pipelines.storage import held, write_file
 from pipelines.use.registry import Encoder
 
 PREFIX = "rayssl."
 """Of the keys in the schema of a file."""
 NAMES = pa.schema({"id": pa.string(), "shard": pa.string(), "record": pa.int64()})
+
+MADE = pa.schema({"rows": pa.int64(), "error": pa.string(), "is_outage": pa.bool_()})
+"""What a worker tells of a unit: its rows, or what is wrong."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -116,6 +120,7 @@ def embed(job: EmbedJob, workers: int) -> EmbedReport:
         UserError: If the folder is in use, or holds embeddings of another model or corpus, or if
             the cluster has not a CPU for each worker.
         DataError: If a shard has changed since it was indexed, or a document has no id.
+        OutageError: If the store of a shard fails.
     """
     if workers > (cpus := int(ray.cluster_resources().get("CPU", 0))) or workers < 1:
         raise UserError(f"workers must be in 1..{cpus}, the CPUs of the cluster, got {workers}")
@@ -186,11 +191,11 @@ def _field_values(manifest: Manifest, number: int, field: str) -> Iterator[str |
     """Yield a field of every record of a block, or None where there is no such thing."""
     block = manifest.blocks[number]
     shard = manifest.shards[block.shard]
-    # In parquet the field is a column of its own, and as a value it is read like a text.
-    source = manifest.source
-    source = replace(source, text_field=field) if shard.form == "parquet" else source
     name = join(manifest.root, shard.path)
-    found = records_from(name, source, block.offset, lambda _: None)
+    if shard.form == "parquet":
+        found = ids_from(name, field, block.offset)
+    else:
+        found = records_from(name, manifest.source, block.offset, lambda _: None)
     for record in islice(found, block.records):
         yield _field_value(record.data or b"", shard.form, field)
 
@@ -249,8 +254,9 @@ def _run(job: EmbedJob, pending: Sequence[int], workers: int) -> None:
     rows = files = 0
     printed = started = time.perf_counter()
     for made in counts.iter_batches(batch_size=None, batch_format="numpy"):
-        for error in filter(None, made["error"].tolist()):
-            raise DataError(error)
+        for error, is_outage in zip(made["error"].tolist(), made["is_outage"], strict=True):
+            if error:
+                raise (OutageError if is_outage else DataError)(error)
         rows += int(made["rows"].sum())
         files += len(made["rows"])
         now = time.perf_counter()
@@ -266,15 +272,13 @@ def _write_units(units: pa.Table, job_ref: "ray.ObjectRef[EmbedJob]") -> pa.Tabl
     An error goes home as a value: Ray Data's own wrapper around it loses what it was.
     """
     job = _fetch(job_ref)
-    rows, errors = [], []
+    made = []
     for unit in units["number"].to_pylist():
         try:
-            rows.append(write_unit(job, unit))
-            errors.append("")
-        except DataError as error:
-            rows.append(0)
-            errors.append(str(error))
-    return pa.table({"rows": pa.array(rows, pa.int64()), "error": pa.array(errors, pa.string())})
+            made.append((write_unit(job, unit), "", False))
+        except (DataError, OutageError) as error:
+            made.append((0, str(error), isinstance(error, OutageError)))
+    return pa.table([*zip(*made, strict=True)], schema=MADE)
 
 
 @lru_cache(maxsize=1)
