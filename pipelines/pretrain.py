@@ -209,6 +209,8 @@ def describe(run: Run) -> None:
         f"run {config.name}: {config.recipe}, vocabulary {run.vocabulary.size}, {config.steps} "
         f"steps of {config.order.rows_per_step} rows, in {run.dir}"
     )
+    if reason := run.vocabulary.slow_because:
+        say(f"tokens are made by the slower of two tokenizers: {reason}")
     if not _holds_out(run):
         say(f"{NOT_EVALUATED}; a run with a larger --source.heldout-ratio would be")
 
