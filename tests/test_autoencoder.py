@@ -1,6 +1,5 @@
 """The autoencoder: its loss by hand, its decoder's sizes, what it keeps, and that it learns."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,21 +12,13 @@ from ssl_models.objective import Batch, joint_loss
 from ssl_models.resnet import ResNetConfig
 from ssl_models.vit import ViTConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = AutoencoderConfig(
     encoder=ResNetConfig(width=4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5)),
     image_size=12,
     decoder_width=4,
 )
 VIT = ViTConfig(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _objective(config: AutoencoderConfig = CONFIG, **changes: Any) -> Autoencoder:

@@ -21,6 +21,7 @@ from ssl_models.collapse import (
     uniformity,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES, SIZE = 2048, 128
 
 

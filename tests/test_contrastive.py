@@ -1,7 +1,6 @@
 """The contrastive objective: its contract, its precision, and that it teaches an encoder."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from ssl_models.objective import Batch, joint_loss
 from ssl_models.resnet import ResNetConfig
 from ssl_models.vit import ViTConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LOSSES = [
     *(TripletLossConfig(negatives=n, margin=1.0) for n in ("random", "semi-hard", "hard", "all")),
     NTXentLossConfig(),
@@ -33,15 +33,6 @@ VIT = ViTConfig(
 CONFIG = ContrastiveConfig(
     encoder=ResNetConfig(width=4), projection_hidden_size=16, projection_size=8
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _name(loss: TripletLossConfig | NTXentLossConfig) -> str:

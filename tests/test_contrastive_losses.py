@@ -20,6 +20,7 @@ from ssl_models.contrastive_losses import (
     unit_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Negatives = Literal["random", "semi-hard", "hard", "all"]
 DISTANCES: tuple[Literal["squared-l2", "l2"], ...] = ("squared-l2", "l2")
 NEGATIVES: tuple[Negatives, ...] = ("random", "semi-hard", "hard", "all")

@@ -11,6 +11,7 @@ from transformers import ResNetModel
 
 from ssl_models.resnet import ResidualBlock, ResNetConfig, ResNetEncoder, group_norm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PEERS: dict[int, tuple[str, list[int], int]] = {
     18: ("basic", [2, 2, 2, 2], 1),
     50: ("bottleneck", [3, 4, 6, 3], 4),
@@ -61,7 +62,7 @@ def _peer(encoder: ResNetEncoder) -> ResNetModel:
 def test_the_encoder_equals_that_of_transformers_in_features_and_gradient(
     depth: int, stem: str
 ) -> None:
-    encoder = _encoder(depth=depth, stem=stem, width=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    encoder = _encoder(depth=depth, stem=stem, width=4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
     peer = _peer(encoder)
     pixels = _pixels(2, 3, 40, 48) if stem == "large" else _pixels(2, 3, 12, 20)
     scaled = pixels.float() / 255

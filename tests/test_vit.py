@@ -12,6 +12,7 @@ from transformers import ViTModel
 
 from ssl_models.vit import VIT_B, VIT_S, VIT_TI, ViTConfig, ViTEncoder, sine_positions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = ViTConfig(patch_size=4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24)
 
 
