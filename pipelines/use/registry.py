@@ -14,12 +14,12 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -158,7 +158,9 @@ def _read_encoder(directory: Path) -> Encoder:
 def _build(
     config: dict[str, Any], state: dict[str, Tensor], vocabulary: Vocabulary, *, is_whole: bool
 ) -> Encoder:
-    adapter = TypeAdapter[ObjectiveConfig](ObjectiveConfig)
+    adapter: TypeAdapter[ObjectiveConfig] = TypeAdapter(
+        Annotated[ObjectiveConfig, Discriminator("kind")]
+    )
     try:
         objective_config = adapter.validate_python(config.get("objective"), extra="forbid")
         with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
@@ -167,7 +169,7 @@ def _build(
         fresh = objective.load_state_dict(state, strict=is_whole).missing_keys
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in ("objective", *first["loc"]))
+        where = ".".join(str(part) for part in ("objective", *first["loc"][1:]))
         raise BundleError(f"config.json: {where}: {first['msg']}") from error
     except RuntimeError as error:
         what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
