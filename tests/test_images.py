@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pipelines.data.decode import decode
-from pipelines.data.images import FATES, USED, ImageConfig, ImageRows, Picture, partners
+from pipelines.data.images import FATES, USED, ImageConfig, ImageRows, partners
+from pipelines.data.manifest import Picture
 from pipelines.data.shards import Rejected
 from pipelines.data.views import ViewConfig, apply_view
 from tests.test_decode import encode, scene

@@ -19,8 +19,6 @@ from pipelines.data.shards import Rejected
 
 Pixels = NDArray[np.uint8]
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
-"""Of the files that hold a picture; what they are is told by their bytes."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is read. Pillow knows more, some of which run programs of their own."""
 MAX_PIXELS = 32_000_000

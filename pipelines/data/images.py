@@ -7,13 +7,14 @@ is decoded once and embedded once, and serves as x1, as x1' and as x2
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.data.decode import Pixels, decode
+from pipelines.data.manifest import Picture
 from pipelines.data.randomness import draws, key, uniform
 from pipelines.data.shards import Rejected
 from pipelines.data.views import NUM_DRAWS, View, ViewConfig, apply_view, draw_view
@@ -47,18 +48,6 @@ class ImageConfig:
             raise ValueError(f"corruption must be in [0, 1), got {self.corruption}")
         if self.corruption and self.rows == "pairs":
             raise ValueError("corruption is for single rows: set --images.rows single")
-
-
-class Picture(NamedTuple):
-    """One picture of a block."""
-
-    record: int
-    """Number of its record in the corpus."""
-    content: int
-    """64-bit hash of its bytes; copies of one picture share it."""
-    data: bytes
-    visit: int = 0
-    """Which pass over its source this is: its views are drawn anew in each."""
 
 
 class ImageRows:

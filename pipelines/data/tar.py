@@ -16,11 +16,18 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from pipelines.data.records import Record, Seen
+
 BLOCK = 512
 MAX_SAMPLE_BYTES = 64 * 1024 * 1024
 """A longer sample is passed over without being held in memory."""
 MAX_EXTENSION_BYTES = 1024 * 1024
 """Long names and pax records that are longer are not believed."""
+
+END = "filtered:end-of-archive"
+CUT = "quarantined:cut"
+NO_END = "quarantined:no-end-of-archive"
+"""The fates that a shard can end with."""
 
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _KINDS = {
@@ -63,6 +70,28 @@ class PassedOver(NamedTuple):
     num_bytes: int
     reason: str
     """`filtered:...` for what belongs to the format, `quarantined:...` for what is broken."""
+
+
+def records(stream: Readable, seen: Seen | None = None) -> Iterator[Record]:
+    """Yield the records of a shard, or of its rest after a record: samples and what is passed over.
+
+    `seen` is given the bytes of samples, and of what is passed over its fate and its size: it may
+    be longer than memory. Ordinary readers take a missing end for an end; here it is a record of
+    no bytes.
+    """
+    fate = ""
+    for piece in samples(stream):
+        if isinstance(piece, Sample):
+            fate = ""
+            told, record = piece.data, Record(piece.data, len(piece.data), key=piece.key)
+        else:
+            fate = piece.reason
+            told, record = f"{fate} {piece.num_bytes}".encode(), Record(None, piece.num_bytes, fate)
+        if seen:
+            seen(told)
+        yield record
+    if fate not in (END, CUT):
+        yield Record(None, 0, NO_END)
 
 
 def samples(stream: Readable) -> Iterator[Sample | PassedOver]:
@@ -156,7 +185,7 @@ def _pass_over(blocks: _Blocks) -> _Member:
     if not is_zero:
         return _Member(size, "quarantined:bad-header")
     # Only at the end do zeros mean the end: elsewhere they stand where something was.
-    return _Member(size, "quarantined:zeroed" if blocks.next else "filtered:end-of-archive")
+    return _Member(size, "quarantined:zeroed" if blocks.next else END)
 
 
 def _member(blocks: _Blocks, header: _Header | None) -> _Member:
@@ -173,7 +202,7 @@ def _member(blocks: _Blocks, header: _Header | None) -> _Member:
         num_bytes += len(block) + size
         header = _header(blocks.next)
     if header is None:
-        return _Member(num_bytes, "quarantined:bad-header" if blocks.next else "quarantined:cut")
+        return _Member(num_bytes, "quarantined:bad-header" if blocks.next else CUT)
     header = header._replace(name=said.get("path", header.name))
     if said.get("size", "").isdecimal():
         header = header._replace(size=int(said["size"]))
@@ -184,7 +213,7 @@ def _member(blocks: _Blocks, header: _Header | None) -> _Member:
     content, found = blocks.content(header.size, keep=is_held)
     num_bytes += BLOCK + found
     if found < header.size + -header.size % BLOCK:
-        return _Member(num_bytes, "quarantined:cut")
+        return _Member(num_bytes, CUT)
     if match is None or reason:
         return _Member(num_bytes, reason)
     return _Member(num_bytes, "", match[1], match[2].lower(), headers, content)
