@@ -17,7 +17,7 @@ from pipelines.data.decode import Pixels, decode
 from pipelines.data.manifest import Picture
 from pipelines.data.randomness import draws, key, uniform
 from pipelines.data.shards import Rejected
-from pipelines.data.views import NUM_DRAWS, View, ViewConfig, apply_view, draw_view
+from pipelines.data.views import NUM_DRAWS, View, ViewConfig, apply_view, centre_view, draw_view
 
 FATES = (
     "used",
@@ -108,7 +108,7 @@ class ImageRows:
         """Return the batch that the model is given for the rows of one slot of one step."""
         used = table["fate"].to_numpy() == USED
         batch: dict[str, Any] = {
-            name: _unnest(table[name]).reshape(-1, *self.shape) for name in self._columns()
+            name: _unnest(table[name]).reshape(-1, *self.shape).copy() for name in self._columns()
         }
         batch["weight"] = used.astype(np.float32)
         content = table["content"].to_numpy()
@@ -117,10 +117,20 @@ class ImageRows:
             # A row that finds no partner is none itself: it has nothing to be told from.
             batch["weight"] *= negative >= 0
             batch["negative"] = np.maximum(negative, 0)
-            batch["group"] = content.view(np.int64)
+            batch["group"] = content.view(np.int64).copy()
         else:
             batch["image"] = batch.pop("first")
         return batch
+
+    def plain(self, data: bytes) -> Pixels | Rejected:
+        """Return a picture as an encoder is to see it, uint8 (channels, height, width)."""
+        size = self.config.views.size
+        pixels = decode(data, self.config.channels, size)
+        if isinstance(pixels, Rejected):
+            return pixels
+        height, width, _ = pixels.shape
+        view = apply_view(pixels, centre_view(height, width), size)
+        return np.ascontiguousarray(view.transpose(2, 0, 1))
 
     def _columns(self) -> tuple[str, ...]:
         if self.config.rows == "pairs":

@@ -125,6 +125,27 @@ def draw_view(config: ViewConfig, draws: NDArray[np.float64], height: int, width
     )
 
 
+def centre_view(height: int, width: int) -> View:
+    """Return the largest square of the middle of a picture, unchanged."""
+    side = min(height, width)
+    return View(
+        (width - side) // 2,
+        (height - side) // 2,
+        side,
+        side,
+        flip=False,
+        degrees=0.0,
+        brightness=1.0,
+        contrast=1.0,
+        saturation=1.0,
+        hue=0.0,
+        greyscale=False,
+        blur_sigma=0.0,
+        solarise=False,
+        invert=False,
+    )
+
+
 def apply_view(pixels: Pixels, view: View, size: int) -> Pixels:
     """Return the view, uint8 (size, size, channels)."""
     made = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
