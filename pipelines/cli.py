@@ -105,12 +105,12 @@ def _config(verb: str, arguments: list[str]) -> "RunConfig":
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: rayssl {verb} RECIPE --data PATTERNS... [--name NAME] [flags]\n")
         for name, make in RECIPES.items():
-            print(f"  {name:14} {str(make.__doc__).splitlines()[0]}")
+            print(f"  {name:22} {str(make.__doc__).splitlines()[0]}")
         print(f"\nrayssl {verb} RECIPE --help lists every flag and its value in that recipe.")
         raise SystemExit(0 if arguments else 2)
     name, *flags = arguments
     config = tyro.cli(
-        RunConfig,
+        tyro.conf.AvoidSubcommands[RunConfig],
         default=recipe(name),
         args=flags,
         prog=f"rayssl {verb} {name}",

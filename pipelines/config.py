@@ -2,17 +2,22 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, TypeAdapter, ValidationError
 
+from pipelines.data.images import ImageConfig
 from pipelines.data.manifest import GATES
 from pipelines.data.plan import OrderConfig
 from pipelines.data.shards import SourceConfig
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import VocabularyConfig
-from pipelines.errors import DataError, nearest
+from pipelines.errors import DataError, UserError, nearest
+from ssl_models import ObjectiveConfig
+from ssl_models.autoencoder import AutoencoderConfig
+from ssl_models.contrastive import ContrastiveConfig
 from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig
 
@@ -25,7 +30,7 @@ class RunConfig:
     """The named run that this one started from."""
     data: tuple[str, ...] = ()
     """Raw shards: files, folders or quoted globs, local or as URIs such as s3://bucket/folder;
-    .txt and .jsonl, plain, .gz or .zst, and .parquet."""
+    text in .txt and .jsonl, plain, .gz or .zst, and .parquet; pictures in .tar."""
     weights: tuple[float, ...] = ()
     """How often an epoch uses each pattern of --data, one number each: 2 is twice, 0.5 is one
     half, another half in the next epoch; without any, all of it once."""
@@ -70,8 +75,11 @@ class RunConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    """How documents become rows, if the objective is one of text."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    """How pictures become rows, if the objective is one of images."""
     order: OrderConfig = field(default_factory=OrderConfig)
-    objective: MaskedLanguageConfig
+    objective: Annotated[ObjectiveConfig, Discriminator("kind")]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
@@ -94,11 +102,63 @@ class RunConfig:
                 f"workers must be in 1..{self.order.slots}, the slots of this recipe, "
                 f"got {self.workers}; more workers need more --order.slots"
             )
-        if self.text.max_length > self.objective.encoder.max_length:
-            raise ValueError(
-                f"text.max_length {self.text.max_length} is more than the encoder's "
-                f"{self.objective.encoder.max_length}; raise --objective.encoder.max-length"
-            )
+        match self.objective:
+            case MaskedLanguageConfig():
+                _check_text(self, self.objective)
+            case ContrastiveConfig() | AutoencoderConfig():
+                _check_images(self, self.objective)
+
+    @property
+    def modality(self) -> Literal["text", "images"]:
+        """What the run is trained on, and which field says how it becomes rows."""
+        return "text" if isinstance(self.objective, MaskedLanguageConfig) else "images"
+
+    @property
+    def masked_language(self) -> MaskedLanguageConfig:
+        """The objective of a run on text.
+
+        Raises:
+            UserError: If it is another one.
+        """
+        if not isinstance(self.objective, MaskedLanguageConfig):
+            raise UserError(f"recipe {self.recipe} is of {self.modality}: this is for text")
+        return self.objective
+
+
+def _check_text(config: RunConfig, objective: MaskedLanguageConfig) -> None:
+    longest = objective.encoder.max_length
+    if config.text.max_length > longest:
+        raise ValueError(
+            f"text.max_length {config.text.max_length} is more than the encoder's "
+            f"{longest}; raise --objective.encoder.max-length"
+        )
+
+
+def _check_images(config: RunConfig, objective: ContrastiveConfig | AutoencoderConfig) -> None:
+    images, channels = config.images, objective.encoder.channels
+    if images.channels != channels:
+        raise ValueError(
+            f"images.channels {images.channels} is not the encoder's {channels}; set "
+            "--objective.encoder.channels"
+        )
+    rows = "pairs" if isinstance(objective, ContrastiveConfig) else "single"
+    if images.rows != rows:
+        raise ValueError(
+            f"images.rows {images.rows!r}: the objective {objective.kind} needs {rows!r}"
+        )
+    if isinstance(objective, AutoencoderConfig) and images.views.size != objective.image_size:
+        raise ValueError(
+            f"images.views.size {images.views.size} is not the decoder's {objective.image_size}; "
+            "set --objective.image-size"
+        )
+    if isinstance(objective, ContrastiveConfig) and config.order.rows_per_slot < 2:
+        raise ValueError(
+            f"slots of {config.order.rows_per_slot} row: a picture is told from others of its "
+            "slot; raise --order.rows-per-step"
+        )
+    for name in ("init_from", "vocabulary_file"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is for text: leave it out")
 
 
 FREE_TO_CHANGE = frozenset(
@@ -124,9 +184,10 @@ FREE_TO_CHANGE = frozenset(
 
 
 def with_vocab_size(config: RunConfig, size: int) -> RunConfig:
-    """Return the config with an encoder of so many token ids."""
-    encoder = replace(config.objective.encoder, vocab_size=size)
-    return replace(config, objective=replace(config.objective, encoder=encoder))
+    """Return the config with a text encoder of so many token ids."""
+    objective = config.masked_language
+    encoder = replace(objective.encoder, vocab_size=size)
+    return replace(config, objective=replace(objective, encoder=encoder))
 
 
 def to_record(config: RunConfig) -> dict[str, Any]:
@@ -146,14 +207,29 @@ def from_record(record: dict[str, Any]) -> RunConfig:
         config = TypeAdapter(RunConfig).validate_python(record, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = _place(first["loc"], record)
+        if first["type"] == "union_tag_not_found":
+            raise DataError(f"recorded config: {place}.kind: missing key") from error
         unknown = first["type"] == "unexpected_keyword_argument"
         said = f"unknown key.{nearest(place, _known_keys())}" if unknown else first["msg"]
         raise DataError(f"recorded config: {place}: {said}") from error
     # A key that is not there would take today's default, whatever the run was made with.
-    if missing := sorted(_known_keys() - to_flat(record).keys()):
+    if missing := sorted(to_flat(to_record(config)).keys() - to_flat(record).keys()):
         raise DataError(f"recorded config: {missing[0]}: missing key")
     return config
+
+
+def _place(parts: Sequence[int | str], record: Any) -> str:
+    """Return the dotted key of an error, without the names that pydantic gives to choices."""
+    kept = []
+    for number, part in enumerate(parts, 1):
+        is_there = isinstance(record, dict | list) and (
+            part in record if isinstance(record, dict) else isinstance(part, int)
+        )
+        if is_there or number == len(parts):
+            kept.append(str(part))
+        record = record[part] if is_there else record
+    return ".".join(kept)
 
 
 def to_flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,9 +245,9 @@ def changed(recorded: RunConfig, asked: RunConfig) -> list[str]:
     """Return what a resumed run may not change, one `field: recorded -> asked` each."""
     before, after = to_flat(to_record(recorded)), to_flat(to_record(asked))
     return [
-        f"{name}: {before[name]} -> {after[name]}"
-        for name in before
-        if name not in FREE_TO_CHANGE and before[name] != after[name]
+        f"{name}: {before.get(name, 'not there')} -> {after.get(name, 'not there')}"
+        for name in before | after
+        if name not in FREE_TO_CHANGE and before.get(name) != after.get(name)
     ]
 
 
@@ -182,7 +258,8 @@ def _known_keys() -> set[str]:
     def keys(node: dict[str, Any], prefix: str) -> set[str]:
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
         children = node.get("properties", {})
-        nested = (keys(child, f"{prefix}.{name}") for name, child in children.items())
-        return set().union(*nested) if children else {prefix.removeprefix(".")}
+        nested = [keys(child, f"{prefix}.{name}") for name, child in children.items()]
+        nested += [keys(choice, prefix) for choice in node.get("oneOf", node.get("anyOf", []))]
+        return set().union(*nested) if nested else {prefix.removeprefix(".")}
 
     return keys(schema, "")

@@ -18,7 +18,6 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
-import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
@@ -34,12 +33,22 @@ from pipelines.training.loop import Job, load_objective, train_worker
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
 from pipelines.use.bundle import write_bundle
 from pipelines.use.evaluate import evaluate
+from pipelines.use.evaluate_images import evaluate_images
 from pipelines.use.registry import Registered, register
+from ssl_models.objective import Objective
 
 CPUS_FOR_DATA = 1
 REGISTRY_TIMEOUT_SECONDS = 120.0
-NOT_EVALUATED = "no document is held out: the encoder is not evaluated"
-CURVES = (("entropy of the prediction", "entropy"), ("p(true token)", "p_true"))
+NOT_EVALUATED = "nothing is held out: the encoder is not evaluated"
+CURVES = {
+    "entropy": "entropy of the prediction",
+    "p_true": "p(true token)",
+    "triplet_loss": "triplet loss",
+    "active": "share of active triplets",
+    "nt_xent_loss": "NT-Xent loss",
+    "reconstruction_loss": "reconstruction loss",
+}
+"""Metrics whose first and last value are told, where an objective has them."""
 
 
 def pretrain(config: RunConfig) -> dict[str, Any]:
@@ -109,7 +118,8 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
         say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
         return made
     objective = load_objective(run)
-    evaluation = evaluate(objective, run) if _holds_out(run) else None
+    evaluate_run = evaluate if run.pieces else evaluate_images
+    evaluation = evaluate_run(objective, run) if _holds_out(run) else None
     figures, metrics = (evaluation.lines(), evaluation.metrics()) if evaluation else ([], {})
     for line in [*figures, *_curves(run)]:
         say(line)
@@ -120,9 +130,10 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
         "quarantined": [vars(entry) for entry in run.manifest.quarantined],
     }
     write_json(run.dir / "ledger.json", ledger)
-    for name in ("run.json", "manifest.json", "ledger.json", "tokenizer.json"):
+    tokenizer = ("tokenizer.json",) if run.pieces else ()
+    for name in ("run.json", "manifest.json", "ledger.json", *tokenizer):
         tracker.log_artifact(run.dir / name, "run")
-    registered = hand_over(run, objective.state_dict(), figures, tracker)
+    registered = hand_over(run, objective, figures, tracker)
     account = {
         "run": run.config.name,
         "steps": commit.step,
@@ -146,7 +157,7 @@ def _account(run: Run) -> dict[str, Any] | None:
 
 
 def hand_over(
-    run: Run, state: dict[str, torch.Tensor], figures: Sequence[str], tracker: Tracker
+    run: Run, objective: Objective, figures: Sequence[str], tracker: Tracker
 ) -> Registered:
     """Write the bundle of a trained encoder, unless it is there, and register it once."""
     folder = run.dir / "bundle"
@@ -164,9 +175,13 @@ def hand_over(
         record = to_record(run.config)
         write_bundle(
             folder,
-            config={name: record[name] for name in ("objective", "text", "recipe")},
-            state=state,
-            tokenizer_json=run.vocabulary.json,
+            config={name: record[name] for name in ("objective", run.config.modality, "recipe")},
+            state={
+                name: tensor
+                for name, tensor in objective.state_dict().items()
+                if not name.startswith(objective.pretraining_only)
+            },
+            tokenizer_json=run.pieces.json if run.pieces else None,
             lineage=lineage,
             card=_card(run, figures),
         )
@@ -204,12 +219,14 @@ def describe(run: Run) -> None:
     manifest, config = run.manifest, run.config
     size = sum(shard.bytes for shard in manifest.shards)
     ledger = ", ".join(f"{entry.records} {fate}" for fate, entry in manifest.ledger.items())
-    say(f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB: {ledger} documents")
+    things = "documents" if run.pieces else "pictures"
+    rows = f"vocabulary {run.pieces.size}" if run.pieces else f"{config.images.views.size} pixels"
+    say(f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB: {ledger} {things}")
     say(
-        f"run {config.name}: {config.recipe}, vocabulary {run.vocabulary.size}, {config.steps} "
+        f"run {config.name}: {config.recipe}, {rows}, {config.steps} "
         f"steps of {config.order.rows_per_step} rows, in {run.dir}"
     )
-    if reason := run.vocabulary.slow_because:
+    if run.pieces and (reason := run.pieces.slow_because):
         say(f"tokens are made by the slower of two tokenizers: {reason}")
     if not _holds_out(run):
         say(f"{NOT_EVALUATED}; a run with a larger --source.heldout-ratio would be")
@@ -302,11 +319,13 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _curves(run: Run) -> list[str]:
-    """Return how the predictions on training batches changed from the first to the last step."""
-    records = [r for r in read_spool(run.dir / "spool", {}) if "entropy" in r.metrics]
+    """Return how the metrics of training batches changed from the first to the last step."""
+    records = [r for r in read_spool(run.dir / "spool", {}) if "loss" in r.metrics]
     first, last = records[0], records[-1]
     changes = (
-        f"{name} {first.metrics[key]:.3f} to {last.metrics[key]:.3f}" for name, key in CURVES
+        f"{name} {first.metrics[key]:.3f} to {last.metrics[key]:.3f}"
+        for key, name in CURVES.items()
+        if key in first.metrics
     )
     return [
         f"from step {first.step} to {last.step}: {', '.join(changes)}; all curves are in MLflow"
@@ -316,11 +335,14 @@ def _curves(run: Run) -> list[str]:
 def _card(run: Run, figures: Sequence[str]) -> str:
     config = run.config
     shards = "\n".join(f"- {Path(shard.path).name}" for shard in run.manifest.shards[:20])
+    encoder, knows = (
+        ("A BERT", "the language and the subjects") if run.pieces else ("An image", "the subjects")
+    )
     listed = "\n".join(f"- {line}" for line in figures or [NOT_EVALUATED])
     return (
-        f"# {config.register}\n\nA BERT encoder pretrained without labels by rayssl: recipe "
+        f"# {config.register}\n\n{encoder} encoder pretrained without labels by rayssl: recipe "
         f"{config.recipe}, {config.steps} steps of {config.order.rows_per_step} rows.\n\n"
         f"## Data\n\nFingerprint {run.manifest.fingerprint}\n\n{shards}\n\n"
         f"## Held-out figures\n\n{listed}\n\n"
-        "## Limits\n\nKnows the language and the subjects of its data and nothing else.\n"
+        f"## Limits\n\nKnows {knows} of its data and nothing else.\n"
     )

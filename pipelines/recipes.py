@@ -4,14 +4,19 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pipelines.config import RunConfig
+from pipelines.data.images import ImageConfig
 from pipelines.data.plan import OrderConfig
 from pipelines.data.shards import SourceConfig
 from pipelines.data.text_config import TextConfig
+from pipelines.data.views import ViewConfig
 from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import UserError, nearest
+from ssl_models.autoencoder import AutoencoderConfig
 from ssl_models.bert import BertConfig
+from ssl_models.contrastive import ContrastiveConfig
 from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig
+from ssl_models.resnet import ResNetConfig
 
 
 def text_tiny() -> RunConfig:
@@ -118,7 +123,7 @@ def text_large() -> RunConfig:
     """
     base = text_base()
     sizes = replace(
-        base.objective.encoder,
+        base.masked_language.encoder,
         hidden_size=1024,
         num_layers=24,
         num_heads=16,
@@ -128,7 +133,7 @@ def text_large() -> RunConfig:
         base,
         recipe="text-large",
         order=replace(base.order, slots=32),
-        objective=replace(base.objective, encoder=sizes),
+        objective=replace(base.masked_language, encoder=sizes),
     )
 
 
@@ -138,6 +143,37 @@ def text_large_512() -> RunConfig:
     13 G tokens: near 8 hours of eight A100, by arithmetic and not by measurement.
     """
     return _on_long_rows(text_large())
+
+
+def image_tiny() -> RunConfig:
+    """A narrow ResNet-18 and triplets of pictures of 16 pixels: for tests, seconds of CPU."""
+    return RunConfig(
+        recipe="image-tiny",
+        steps=20,
+        workers=1,
+        checkpoint_every=5,
+        log_every=1,
+        register="rayssl-image",
+        images=ImageConfig(views=ViewConfig(size=16)),
+        order=OrderConfig(rows_per_step=16, slots=4, steps_per_block=2, blocks_per_order=4),
+        objective=ContrastiveConfig(
+            encoder=ResNetConfig(width=4), projection_hidden_size=32, projection_size=16
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )
+
+
+def image_tiny_autoencoder() -> RunConfig:
+    """The ResNet-18 of image-tiny, trained to draw pictures again: for tests, seconds of CPU."""
+    base = image_tiny()
+    return replace(
+        base,
+        recipe="image-tiny-autoencoder",
+        images=replace(base.images, rows="single"),
+        objective=AutoencoderConfig(
+            encoder=ResNetConfig(width=4), image_size=base.images.views.size, decoder_width=8
+        ),
+    )
 
 
 def _on_long_rows(first: RunConfig) -> RunConfig:
@@ -166,6 +202,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "text-base-512": text_base_512,
     "text-large": text_large,
     "text-large-512": text_large_512,
+    "image-tiny": image_tiny,
+    "image-tiny-autoencoder": image_tiny_autoencoder,
 }
 
 

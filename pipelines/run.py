@@ -9,13 +9,14 @@ from pathlib import Path
 
 from pipelines.cluster import parallel_map
 from pipelines.config import RunConfig, changed, from_record, to_record, with_vocab_size
-from pipelines.data.batches import RowSource
+from pipelines.data.batches import RowMaker, RowSource
 from pipelines.data.filesystems import File, join
 from pipelines.data.gate import check
+from pipelines.data.images import ImageRows
 from pipelines.data.indexing import build
 from pipelines.data.manifest import GATES, Manifest
 from pipelines.data.plan import Plan
-from pipelines.data.shards import SourceConfig, find_shards, identity
+from pipelines.data.shards import SourceConfig, find_shards, holds_pictures, identity
 from pipelines.data.text import TextRows
 from pipelines.data.vocabulary import Vocabulary, load_vocabulary
 from pipelines.data.vocabulary_training import train_on_corpus
@@ -36,7 +37,8 @@ class Run:
     """Identifies the run for ever, whatever its folder is called."""
     config: RunConfig
     manifest: Manifest
-    vocabulary: Vocabulary
+    pieces: Vocabulary | None
+    """The vocabulary of a run on text, None of another."""
     started_from: str = ""
     """The encoder whose weights it started with, models:/NAME/VERSION or a folder; empty if the
     weights were drawn."""
@@ -51,7 +53,32 @@ class Run:
         """What makes the rows of the run."""
         config = self.config
         plan = Plan(self.manifest, config.seed, config.order.blocks_per_order, config.weights)
-        return RowSource(plan, TextRows(config.text, self.vocabulary))
+        return RowSource(plan, self.maker)
+
+    @property
+    def maker(self) -> RowMaker:
+        """What makes rows of what the shards hold."""
+        return self.text_rows if self.pieces else ImageRows(self.config.images)
+
+    @property
+    def text_rows(self) -> TextRows:
+        """What makes rows of documents.
+
+        Raises:
+            UserError: If the run is not on text.
+        """
+        return TextRows(self.config.text, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of a run on text.
+
+        Raises:
+            UserError: If the run is not on text.
+        """
+        if self.pieces is None:
+            raise UserError(f"run {self.dir.name!r} is of {self.config.modality}: this is for text")
+        return self.pieces
 
 
 @contextlib.contextmanager
@@ -79,8 +106,9 @@ def open_run(config: RunConfig, run_dir: Path) -> Run:
     if not (run_dir / "run.json").exists():
         return _create(config, run_dir)
     run = load_run(run_dir)
-    size = run.config.objective.encoder.vocab_size
-    settled = with_vocab_size(config, size)
+    settled = config
+    if run.pieces and config.modality == "text":
+        settled = with_vocab_size(config, run.config.masked_language.encoder.vocab_size)
     if different := changed(run.config, settled):
         raise UserError(
             f"run {config.name!r} was started otherwise ({'; '.join(different)}): "
@@ -120,9 +148,9 @@ def load_run(run_dir: Path) -> Run:
     if manifest.fingerprint != fingerprint:
         raise DataError(f"{listing} is not the one the run was started with")
     pieces = run_dir / "tokenizer.json"
-    if not pieces.is_file() or sha256_of(pieces) != tokenizer:
+    if tokenizer and (not pieces.is_file() or sha256_of(pieces) != tokenizer):
         raise DataError(f"{pieces} is not the one the run was started with; restore it")
-    vocabulary = load_vocabulary(pieces)
+    vocabulary = load_vocabulary(pieces) if tokenizer else None
     return Run(run_dir, key, from_record(config), manifest, vocabulary, started_from)
 
 
@@ -154,11 +182,18 @@ def index_data(config: RunConfig) -> Manifest:
     """Return the manifest of the data of a run that has not begun.
 
     Raises:
-        UserError: If there is no data, or a pattern matches nothing.
+        UserError: If there is no data, a pattern matches nothing, or the data is not what the
+            objective is for.
         DataError: If the data cannot be trusted, or a source has a weight but no documents.
     """
     if not config.data:
         raise UserError("no data: name raw shards with --data 'corpus/*.jsonl'")
+    found = find_shards(config.data, separate=bool(config.weights))[0].name
+    modality = "images" if holds_pictures(found) else "text"
+    if modality != config.modality:
+        raise UserError(
+            f"{found} holds {modality}, and recipe {config.recipe} is of {config.modality}"
+        )
     cache = Path(config.runs) / ".index" / "manifest.json"
     manifest = index(config.data, config.source, cache, separate=bool(config.weights))
     check(manifest)
@@ -170,37 +205,42 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
     """Settle what the config leaves open and record the run; run.json is written last."""
     start = load_start(config) if config.init_from else None
     manifest = index_data(config)
-    _refuse_single_document(config, manifest)
-    if start:
-        vocabulary = start.vocabulary
-    elif config.vocabulary_file:
-        lowercase = config.vocabulary.lowercase
-        vocabulary = load_vocabulary(Path(config.vocabulary_file), lowercase=lowercase)
-    else:
-        vocabulary = train_on_corpus(manifest, config.vocabulary)
-    settled = with_vocab_size(config, start.vocab_size if start else vocabulary.size)
+    vocabulary, tokenizer = None, ""
+    if config.modality == "text":
+        _refuse_single_document(config, manifest)
+        vocabulary = start.vocabulary if start else _find_vocabulary(config, manifest)
+        config = with_vocab_size(config, start.vocab_size if start else vocabulary.size)
+        write_text(run_dir / "tokenizer.json", vocabulary.json)
+        tokenizer = sha256_of(run_dir / "tokenizer.json")
     write_text(run_dir / "manifest.json", manifest.to_json())
-    write_text(run_dir / "tokenizer.json", vocabulary.json)
     started_from = start.source if start else ""
-    run = Run(run_dir, uuid.uuid4().hex, settled, manifest, vocabulary, started_from)
+    run = Run(run_dir, uuid.uuid4().hex, config, manifest, vocabulary, started_from)
     if start:
         commit_start(run.log, start.weights)
     record = {
         "format_version": FORMAT_VERSION,
         "key": run.key,
         "fingerprint": manifest.fingerprint,
-        "tokenizer_sha256": sha256_of(run_dir / "tokenizer.json"),
+        "tokenizer_sha256": tokenizer,
         "started_from": run.started_from,
-        "config": to_record(settled),
+        "config": to_record(config),
     }
     write_json(run_dir / "run.json", record)
     return run
 
 
+def _find_vocabulary(config: RunConfig, manifest: Manifest) -> Vocabulary:
+    """Return the vocabulary that a config names, or else one trained on the documents."""
+    if config.vocabulary_file:
+        lowercase = config.vocabulary.lowercase
+        return load_vocabulary(Path(config.vocabulary_file), lowercase=lowercase)
+    return train_on_corpus(manifest, config.vocabulary)
+
+
 def _refuse_single_document(config: RunConfig, manifest: Manifest) -> None:
     documents = manifest.records_where("training")
-    pairing = config.text.pairing
-    if documents < 2 and pairing != "sentence-order" and config.objective.nsp_coefficient > 0:
+    pairing, coefficient = config.text.pairing, config.masked_language.nsp_coefficient
+    if documents < 2 and pairing != "sentence-order" and coefficient > 0:
         raise DataError(
             f"{documents} document for training: next sentence prediction ({pairing} pairing) "
             "needs a second one to take NotNext segments from; add documents, separate them with "

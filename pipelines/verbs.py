@@ -148,6 +148,7 @@ class Embed:
         model = pin(self.model, self.tracking_uri)
         bundle = resolve(model, self.tracking_uri)
         encoder = load_encoder(str(bundle))
+        _ = encoder.vocabulary  # refused before anything is read, if it is not of text
         everything = dataclasses.replace(self.source, heldout_ratio=0.0)
         with cluster(self.address, self.workers, verbose=False):
             manifest = index(self.data, everything, self.out / ".manifest.json")

@@ -6,10 +6,12 @@ the union of those configs is what a run may choose from.
 
 from typing import assert_never
 
+from ssl_models.autoencoder import Autoencoder, AutoencoderConfig
+from ssl_models.contrastive import Contrastive, ContrastiveConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
 from ssl_models.objective import Objective
 
-ObjectiveConfig = MaskedLanguageConfig
+ObjectiveConfig = MaskedLanguageConfig | ContrastiveConfig | AutoencoderConfig
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
@@ -17,5 +19,9 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     match config:
         case MaskedLanguageConfig():
             return MaskedLanguage(config)
+        case ContrastiveConfig():
+            return Contrastive(config)
+        case AutoencoderConfig():
+            return Autoencoder(config)
         case _:
             assert_never(config)

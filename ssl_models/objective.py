@@ -7,9 +7,17 @@ sum to the gradient of the whole batch, however many workers share the slots:
     for slot in slots:
         output = objective(slot)
         joint_loss(output.terms, objective.coefficients, totals).backward()
+
+An objective that compares the rows of all slots of all ranks sets `joins_slots`, and the forward
+passes of the slots come before the one loss:
+
+    embedded = [objective.embed(slot) for slot in slots]
+    output = objective.join(embedded, slots)
+    joint_loss(output.terms, objective.coefficients, totals).backward()
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +46,10 @@ class Objective(nn.Module, ABC):
 
     coefficients: dict[str, float]
     """loss = sum over terms of coefficient * (sum over all slots) / (weight over all slots)."""
+    joins_slots: bool = False
+    """Whether a row's loss depends on rows of other slots: `join` then stands for `forward`."""
+    pretraining_only: tuple[str, ...] = ()
+    """Prefixes of the state dict's keys that `encode` does not need: a handover may leave them."""
 
     @abstractmethod
     def weights(self, batch: Batch) -> dict[str, Tensor]:
@@ -50,6 +62,18 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def encode(self, batch: Batch) -> Tensor:
         """Return float32 features (rows, width) for probes, embedding and handover."""
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return what `join` needs of the forward pass of one slot."""
+        raise NotImplementedError(f"{type(self).__name__} does not join slots")
+
+    def join(self, embedded: Sequence[Tensor], batches: Sequence[Batch]) -> StepOutput:
+        """Return the loss terms of all slots of this rank, compared with those of all ranks.
+
+        A collective, forward and backward: every rank calls it once in a step. The terms and
+        metrics are of this rank's rows alone, so they add up over the ranks like those of slots.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not join slots")
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run `forward` with its hooks; here so that type checkers see its result."""

@@ -1,12 +1,16 @@
-"""The post-norm transformer encoder of BERT, on PyTorch's fused attention.
+"""The transformer encoder of BERT (post-norm) and of ViT (pre-norm), on PyTorch's fused attention.
 
 Shapes: B rows, L length, D hidden size, H heads, E hidden size of one head.
 """
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPSILON = 1e-12
+NormPlace = Literal["post", "pre"]
+"""Where a sublayer's LayerNorm stands: on the sum with its input, or on its input alone."""
 
 
 class SelfAttention(nn.Module):
@@ -39,16 +43,24 @@ class SelfAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Devlin et al. 2018, BERT, arXiv:1810.04805: each sublayer is LayerNorm(x + sublayer(x)).
+    """Each sublayer is LayerNorm(x + sublayer(x)), or x + sublayer(LayerNorm(x)) with `pre`.
 
-    GELU is the exact one, by the error function. `dropout` acts on the attention weights and on
-    the output of each sublayer.
+    The first is that of Devlin et al. 2018, BERT, arXiv:1810.04805, the second that of Dosovitskiy
+    et al. 2021, ViT, arXiv:2010.11929. GELU is the exact one, by the error function. `dropout` acts
+    on the attention weights and on the output of each sublayer.
     """
 
     def __init__(
-        self, *, hidden_size: int, num_heads: int, intermediate_size: int, dropout: float
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        dropout: float,
+        norm: NormPlace,
     ) -> None:
         super().__init__()
+        self.norm = norm
         self.attention = SelfAttention(
             hidden_size=hidden_size, num_heads=num_heads, dropout=dropout
         )
@@ -60,15 +72,22 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden_BLD: Tensor, visible_B11L: Tensor | None) -> Tensor:
         """Return (B, L, D)."""
+        if self.norm == "pre":
+            normed_BLD = self.attention_norm(hidden_BLD)
+            hidden_BLD = hidden_BLD + self.dropout(self.attention(normed_BLD, visible_B11L))
+            return hidden_BLD + self._feed_forward(self.output_norm(hidden_BLD))
         attended_BLD = self.dropout(self.attention(hidden_BLD, visible_B11L))
         hidden_BLD = self.attention_norm(hidden_BLD + attended_BLD)
-        expanded = F.gelu(self.intermediate(hidden_BLD))
-        output_BLD: Tensor = self.output_norm(hidden_BLD + self.dropout(self.output(expanded)))
+        output_BLD: Tensor = self.output_norm(hidden_BLD + self._feed_forward(hidden_BLD))
+        return output_BLD
+
+    def _feed_forward(self, hidden_BLD: Tensor) -> Tensor:
+        output_BLD: Tensor = self.dropout(self.output(F.gelu(self.intermediate(hidden_BLD))))
         return output_BLD
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of encoder layers."""
+    """A stack of encoder layers. With `pre` the last hidden states still want a norm."""
 
     def __init__(
         self,
@@ -78,6 +97,7 @@ class TransformerEncoder(nn.Module):
         num_heads: int,
         intermediate_size: int,
         dropout: float = 0.0,
+        norm: NormPlace = "post",
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -86,6 +106,7 @@ class TransformerEncoder(nn.Module):
                 num_heads=num_heads,
                 intermediate_size=intermediate_size,
                 dropout=dropout,
+                norm=norm,
             )
             for _ in range(num_layers)
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.cluster import cluster
 from pipelines.data.vocabulary import Vocabulary
@@ -34,3 +35,12 @@ def vocabulary() -> Vocabulary:
     """Return the vocabulary of the tiny recipe, trained on other documents of the same topics."""
     texts = [document.text for document in make_documents(60, seed=1)]
     return train_vocabulary(texts, text_tiny().vocabulary)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: for small tensors two are slower, the more so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

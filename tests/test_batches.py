@@ -76,7 +76,7 @@ def local(
 ) -> list[Told]:
     """Return the first steps from a cursor on, made here by one rank that holds every slot."""
     blocks = local_blocks(source, config, start)
-    return [told(s) for s in islice(steps(blocks, source.maker, config, start, Rank()), count)]
+    return [told(s) for s in islice(steps(blocks, source, config, start, Rank()), count)]
 
 
 def by_ranks(
@@ -102,7 +102,7 @@ def by_ranks(
             return found
 
         rank = Rank(rank=number, size=size, gather=gather, first_block=first_block)
-        made = steps(streams[number], source.maker, config, start, rank)
+        made = steps(streams[number], source, config, start, rank)
         try:
             return [told(step) for step in islice(made, count)]
         except RuntimeError:

@@ -48,7 +48,7 @@ def trained(ray_session: None, corpus_dir: Path, tmp_path_factory: pytest.TempPa
 
 def commit_planned_batches(run: Run) -> None:
     order, source, start = run.config.order, run.source, Cursor()
-    made = steps(local_blocks(source, order, start), source.maker, order, start, Rank())
+    made = steps(local_blocks(source, order, start), source, order, start, Rank())
     digests = [START_DIGEST]
     for step in islice(made, NUM_STEPS):
         slots = [slot_digest(step.slots[slot]) for slot in sorted(step.slots)]

@@ -17,8 +17,8 @@ from pipelines.errors import DataError, UserError
 from pipelines.recipes import RECIPES, recipe, text_tiny
 
 KEYS = sorted(to_flat(to_record(text_tiny())))
-CHANGEABLE = [key for key in KEYS if not key.endswith("kind")]
-"""A kind has one value so far."""
+CHANGEABLE = [key for key in KEYS if not key.endswith("kind") and key != "images.corruption"]
+"""A kind decides which other keys there are, and only single rows can be corrupted."""
 SECTIONS = sorted({key.rpartition(".")[0] for key in KEYS})
 
 
@@ -45,15 +45,19 @@ def otherwise(key: str) -> RunConfig:
     if isinstance(value, bool):
         candidates = [not value]
     elif isinstance(value, int):
-        candidates = [value + 1, value - 1, value * 2]
+        candidates = [value + 1, value - 1, value * 2, value - 2]
     elif isinstance(value, float):
         candidates = [value + 0.001, value / 2]
     elif isinstance(value, list):
-        candidates = [[*value, "more"], [*value, 2.0]]
+        candidates = [
+            [*value, "more"],
+            [*value, 2.0],
+            [*value[:-1], value[-1] * 0.9] if value else [],
+        ]
     elif value is None:
         candidates = [0.5]
     else:
-        values = ("blank-line", "cpu", "quarantine", "sentence-order", "cosine", "pieces")
+        values = ("blank-line", "cpu", "quarantine", "sentence-order", "cosine", "pieces", "single")
         candidates = [*values, f"{value}x"]
     for candidate in candidates:
         try:
@@ -186,3 +190,37 @@ def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
     known = ", ".join(sorted(RECIPES))
     with pytest.raises(UserError, match=rf"no recipe 'zz'\. Known: {known}\."):
         recipe("zz")
+
+
+def test_a_record_of_images_names_the_wrong_key_of_a_choice() -> None:
+    record = to_record(recipe("image-tiny"))
+    record["objective"]["loss"]["margn"] = record["objective"]["loss"].pop("margin")
+    with pytest.raises(DataError, match=r"objective\.loss\.margn: unknown key\. Did you mean"):
+        from_record(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("image-tiny", "images.channels", 1, "images.channels 1 is not the encoder's 3"),
+        ("image-tiny", "images.rows", "single", "contrastive needs 'pairs'"),
+        ("image-tiny", "order.rows_per_step", 4, "slots of 1 row"),
+        ("image-tiny", "init_from", "models:/a@b", "init_from is for text"),
+        ("image-tiny-autoencoder", "images.rows", "pairs", "autoencoder needs 'single'"),
+        ("image-tiny-autoencoder", "images.views.size", 32, "32 is not the decoder's 16"),
+    ],
+)
+def test_pictures_and_what_is_trained_on_them_fit(
+    name: str, key: str, value: object, said: str
+) -> None:
+    record = to_record(recipe(name))
+    inner, last = leaf(record, key)
+    inner[last] = value
+    with pytest.raises(DataError, match=said):
+        from_record(record)
+
+
+def test_another_objective_is_a_change() -> None:
+    found = changed(text_tiny(), recipe("image-tiny"))
+    assert "objective.kind: mlm-nsp -> contrastive" in found
+    assert "objective.loss.kind: not there -> triplet" in found

@@ -46,7 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> 
 
 
 def make_bundle(folder: Path, vocabulary: Vocabulary, seed: int) -> Path:
-    config = recipe("text-tiny").objective
+    config = recipe("text-tiny").masked_language
     config = dataclasses.replace(
         config, encoder=dataclasses.replace(config.encoder, vocab_size=vocabulary.size)
     )

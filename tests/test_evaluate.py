@@ -59,8 +59,8 @@ def one_thread() -> Iterator[None]:
 def open_without_ray(folder: Path, vocabulary: Vocabulary, source: SourceConfig) -> Run:
     manifest = build(find_shards([str(folder / "corpus")]), source, serial_map)
     config = replace(recipe("text-tiny"), name="run", source=source)
-    encoder = replace(config.objective.encoder, vocab_size=vocabulary.size)
-    config = replace(config, objective=replace(config.objective, encoder=encoder))
+    encoder = replace(config.masked_language.encoder, vocab_size=vocabulary.size)
+    config = replace(config, objective=replace(config.masked_language, encoder=encoder))
     return Run(folder / "run", "key", config, manifest, vocabulary)
 
 
@@ -156,7 +156,7 @@ def test_accuracies_count_labelled_pairs_alone(run: Run, evaluation: Evaluation)
 
     batch = {
         name: torch.from_numpy(array)
-        for name, array in run.source.maker.collate(pa.Table.from_pylist(paired)).items()
+        for name, array in run.text_rows.collate(pa.Table.from_pylist(paired)).items()
     }
     torch.manual_seed(0)
     objective = build_objective(run.config.objective).eval()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import UserError
+from pipelines.use.encoder import Encoder
 from pipelines.use.fill_mask import fill_mask
-from pipelines.use.registry import Encoder
 from ssl_models.bert import BertConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
 from ssl_models.objective import Batch

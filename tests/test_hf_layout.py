@@ -29,9 +29,10 @@ from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.errors import UserError
 from pipelines.storage import inventory
 from pipelines.use.bundle import BundleError, write_bundle
+from pipelines.use.encoder import Encoder
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.hf_export import export
-from pipelines.use.registry import Encoder, load_encoder
+from pipelines.use.registry import load_encoder
 from ssl_models.bert import BertConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
 from ssl_models.objective import Batch

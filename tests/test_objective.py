@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from ssl_models import build_objective
+from ssl_models import ObjectiveConfig, build_objective
+from ssl_models.autoencoder import Autoencoder, AutoencoderConfig
 from ssl_models.bert import BertConfig
+from ssl_models.contrastive import Contrastive, ContrastiveConfig
+from ssl_models.contrastive_losses import NTXentLossConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
 from ssl_models.objective import Batch, Objective, StepOutput, Terms, joint_loss
+from ssl_models.resnet import ResNetConfig
+from ssl_models.vit import ViTConfig
 
 
 class _Distance(Objective):
@@ -78,6 +84,15 @@ def test_calling_an_objective_runs_its_hooks() -> None:
     assert seen == [output]
 
 
+def test_an_objective_that_does_not_join_slots_says_so() -> None:
+    objective = _Distance()
+    assert not objective.joins_slots
+    with pytest.raises(NotImplementedError, match="_Distance does not join slots"):
+        objective.embed({})
+    with pytest.raises(NotImplementedError, match="_Distance does not join slots"):
+        objective.join([], [])
+
+
 def test_build_objective_builds_what_the_config_says() -> None:
     config = MaskedLanguageConfig(
         encoder=BertConfig(vocab_size=11, hidden_size=8, num_layers=1, intermediate_size=16),
@@ -86,3 +101,39 @@ def test_build_objective_builds_what_the_config_says() -> None:
     objective = build_objective(config)
     assert isinstance(objective, MaskedLanguage)
     assert objective.coefficients == {"mlm": 1.0, "nsp": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "coefficients"),
+    [
+        (
+            ContrastiveConfig(encoder=ResNetConfig(width=4)),
+            Contrastive,
+            {"triplet": 1.0},
+        ),
+        (
+            ContrastiveConfig(
+                encoder=ViTConfig(hidden_size=8, num_layers=1, num_heads=1),
+                loss=NTXentLossConfig(temperature=0.1),
+                negatives_from="global",
+            ),
+            Contrastive,
+            {"nt-xent": 1.0},
+        ),
+        (
+            AutoencoderConfig(encoder=ResNetConfig(width=4, channels=1), image_size=28),
+            Autoencoder,
+            {"reconstruction": 1.0},
+        ),
+    ],
+    ids=["triplet", "nt-xent", "autoencoder"],
+)
+def test_objectives_of_images_are_built_from_their_record(
+    config: ObjectiveConfig, kind: type[Objective], coefficients: dict[str, float]
+) -> None:
+    adapter: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
+    read = adapter.validate_json(adapter.dump_json(config))
+    assert read == config
+    objective = build_objective(read)
+    assert type(objective) is kind
+    assert objective.coefficients == coefficients

@@ -335,4 +335,4 @@ def test_a_run_without_held_out_documents_is_registered_and_says_so(
     account, said = call(config)
     assert account["registered"] == "models:/rayssl-text/1"
     assert account["evaluation"] == {}
-    assert [line for line in said if line.startswith("no document is held out: ")]
+    assert [line for line in said if line.startswith("nothing is held out: ")]

@@ -46,7 +46,7 @@ def test_the_sizes_are_those_of_bert_uncased(
         intermediate_size=4 * width,
     )
     with torch.device("meta"):
-        ours = MaskedLanguage(recipe(name).objective)
+        ours = MaskedLanguage(recipe(name).masked_language)
         peers = [BertModel(peer_config), BertForPreTraining(peer_config)]
     assert [num_parameters(peer) for peer in peers] == [encoder, whole]
     assert num_parameters(ours.encoder) == encoder

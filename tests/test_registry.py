@@ -227,6 +227,12 @@ def test_an_unknown_key_in_the_config_is_refused(copy: Path, made: Made) -> None
         load_encoder(rewritten(copy, made, objective=objective))
 
 
+def test_an_objective_that_this_rayssl_does_not_know_is_refused(copy: Path, made: Made) -> None:
+    objective = json.loads((copy / "config.json").read_text())["objective"]
+    with pytest.raises(BundleError, match=r"config\.json: objective: .*'mystery'.*'contrastive'"):
+        load_encoder(rewritten(copy, made, objective=objective | {"kind": "mystery"}))
+
+
 def test_weights_of_another_shape_are_refused(copy: Path, made: Made) -> None:
     objective = json.loads((copy / "config.json").read_text())["objective"]
     objective["encoder"]["hidden_size"] = 4

@@ -105,7 +105,7 @@ def test_notnext_needs_a_second_document(lone: RunConfig, pairing: Pairing) -> N
     asked = paired(lone, pairing)
     with pytest.raises(DataError, match=rf"1 document for training: .*{pairing} pairing"):
         open_run(asked, Path(asked.runs) / "run")
-    masks_alone = replace(asked, objective=replace(asked.objective, nsp_coefficient=0.0))
+    masks_alone = replace(asked, objective=replace(asked.masked_language, nsp_coefficient=0.0))
     assert open_run(masks_alone, Path(asked.runs) / "run").manifest.records_where("training") == 1
 
 

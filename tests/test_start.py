@@ -32,9 +32,9 @@ CPU = torch.device("cpu")
 def tiny(source: Path, **encoder: Any) -> RunConfig:
     """Return the tiny recipe from a source, with another size for its vocabulary."""
     config = recipe("text-tiny")
-    changed = replace(config.objective.encoder, vocab_size=400, **encoder)
+    changed = replace(config.masked_language.encoder, vocab_size=400, **encoder)
     return replace(
-        config, init_from=str(source), objective=replace(config.objective, encoder=changed)
+        config, init_from=str(source), objective=replace(config.masked_language, encoder=changed)
     )
 
 

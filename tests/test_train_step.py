@@ -43,9 +43,9 @@ STEP = 7
 def config(**changes: Any) -> RunConfig:
     """Return a tiny config with dropout, whose gradients are not clipped."""
     made = recipe("text-tiny")
-    encoder = replace(made.objective.encoder, dropout=0.1)
+    encoder = replace(made.masked_language.encoder, dropout=0.1)
     optimizer = replace(made.optimizer, clip_norm=1e9)
-    objective = replace(made.objective, encoder=encoder)
+    objective = replace(made.masked_language, encoder=encoder)
     return replace(made, objective=objective, optimizer=optimizer, **changes)
 
 
@@ -178,8 +178,8 @@ def test_dropout_depends_on_the_seed_the_step_and_nothing_before(alone: None) ->
 def compilable(*, dropout: float, compile: bool) -> RunConfig:
     """Return a config of one layer, compiled or not."""
     made = config(compile=compile)
-    encoder = replace(made.objective.encoder, num_layers=1, dropout=dropout)
-    return replace(made, objective=replace(made.objective, encoder=encoder))
+    encoder = replace(made.masked_language.encoder, num_layers=1, dropout=dropout)
+    return replace(made, objective=replace(made.masked_language, encoder=encoder))
 
 
 needs_a_compiler = pytest.mark.skipif(
@@ -254,12 +254,15 @@ def learn(
     """Train on the same batches over and over."""
     made = recipe("text-tiny")
     encoder = replace(
-        made.objective.encoder, vocab_size=vocabulary.size, hidden_size=64, intermediate_size=128
+        made.masked_language.encoder,
+        vocab_size=vocabulary.size,
+        hidden_size=64,
+        intermediate_size=128,
     )
     made = replace(
         made,
         steps=steps,
-        objective=replace(made.objective, encoder=encoder),
+        objective=replace(made.masked_language, encoder=encoder),
         optimizer=replace(made.optimizer, learning_rate=rate, weight_decay=0.0),
         order=replace(made.order, slots=1),
     )

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_models.transformer import EncoderLayer, TransformerEncoder
+from ssl_models.transformer import EncoderLayer, NormPlace, TransformerEncoder
 
 HIDDEN_SIZE, NUM_HEADS = 12, 3
 
 
-def _encoder(*, dropout: float = 0.0) -> TransformerEncoder:
+def _encoder(*, dropout: float = 0.0, norm: NormPlace = "post") -> TransformerEncoder:
     torch.manual_seed(0)
     encoder = TransformerEncoder(
         num_layers=2,
@@ -19,6 +19,7 @@ def _encoder(*, dropout: float = 0.0) -> TransformerEncoder:
         num_heads=NUM_HEADS,
         intermediate_size=20,
         dropout=dropout,
+        norm=norm,
     )
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -30,8 +31,8 @@ def _normed(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
     return centred / torch.sqrt((centred**2).mean() + 1e-12) * norm.weight + norm.bias
 
 
-def _transcribed_layer(layer: EncoderLayer, row: Tensor, is_real: Tensor) -> Tensor:
-    """One row (length, width) through the layer, token by token and head by head."""
+def _attended(layer: EncoderLayer, row: Tensor, is_real: Tensor) -> Tensor:
+    """One row (length, width) through self-attention, token by token and head by head."""
     attention, outputs = layer.attention, []
     queries, keys, values = attention.query(row), attention.key(row), attention.value(row)
     width = HIDDEN_SIZE // NUM_HEADS
@@ -44,15 +45,33 @@ def _transcribed_layer(layer: EncoderLayer, row: Tensor, is_real: Tensor) -> Ten
             )
             odds = torch.exp(scores) * is_real
             heads.append((odds / odds.sum()) @ values[:, part])
-        attended = _normed(row[i] + attention.output(torch.cat(heads)), layer.attention_norm)
-        inner = layer.intermediate(attended)
-        gelu = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-        outputs.append(_normed(attended + layer.output(gelu), layer.output_norm))
+        outputs.append(attention.output(torch.cat(heads)))
     return torch.stack(outputs)
 
 
-def test_the_encoder_equals_its_transcription_with_padding() -> None:
-    encoder = _encoder()
+def _expanded(layer: EncoderLayer, token: Tensor) -> Tensor:
+    inner = layer.intermediate(token)
+    output: Tensor = layer.output(inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
+    return output
+
+
+def _transcribed_layer(layer: EncoderLayer, row: Tensor, is_real: Tensor) -> Tensor:
+    """One row through a layer with its norms after the sums, or with `pre` before the sublayers."""
+    tokens = []
+    if layer.norm == "pre":
+        normed = torch.stack([_normed(token, layer.attention_norm) for token in row])
+        for token in row + _attended(layer, normed, is_real):
+            tokens.append(token + _expanded(layer, _normed(token, layer.output_norm)))
+    else:
+        for token in row + _attended(layer, row, is_real):
+            middle = _normed(token, layer.attention_norm)
+            tokens.append(_normed(middle + _expanded(layer, middle), layer.output_norm))
+    return torch.stack(tokens)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_the_encoder_equals_its_transcription_with_padding(norm: NormPlace) -> None:
+    encoder = _encoder(norm=norm)
     hidden = torch.randn(2, 5, HIDDEN_SIZE)
     mask = torch.tensor([[True, True, True, True, True], [True, True, True, False, False]])
     expected = []
@@ -62,6 +81,12 @@ def test_the_encoder_equals_its_transcription_with_padding() -> None:
             row = _transcribed_layer(layer, row, is_real)
         expected.append(row)
     torch.testing.assert_close(encoder(hidden, mask), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_both_places_of_the_norm_have_the_same_parameters_in_the_same_order() -> None:
+    post, pre = _encoder().state_dict(), _encoder(norm="pre").state_dict()
+    assert list(post) == list(pre)
+    assert all(torch.equal(post[name], pre[name]) for name in post)
 
 
 def test_no_mask_is_a_mask_of_real_tokens() -> None:

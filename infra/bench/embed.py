@@ -25,7 +25,7 @@ from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import text_mini
 from pipelines.run import index
 from pipelines.use.embed import EmbedJob, embed
-from pipelines.use.registry import Encoder
+from pipelines.use.encoder import Encoder
 from ssl_models import build_objective
 
 
@@ -82,8 +82,8 @@ def make_job(data: list[str], folder: Path) -> EmbedJob:
                 file.write(json.dumps({"text": paragraph}) + "\n")
     manifest = index([str(paragraphs)], source, folder / "manifest.json")
     vocabulary = train_vocabulary(manifest.texts("training"), config.vocabulary)
-    sized = replace(config.objective.encoder, vocab_size=vocabulary.size)
-    objective = replace(config.objective, encoder=sized)
+    sized = replace(config.masked_language.encoder, vocab_size=vocabulary.size)
+    objective = replace(config.masked_language, encoder=sized)
     return EmbedJob(
         encoder=Encoder(
             {"objective": asdict(objective)}, {}, vocabulary, build_objective(objective).eval()

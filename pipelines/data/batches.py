@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipelines.data.manifest import Document
 from pipelines.data.plan import BlockVisit, Cursor, OrderConfig, Plan, WorkOrder
 from pipelines.data.records import Form
 
@@ -45,11 +44,11 @@ class RowMaker(Protocol):
     def fates(self) -> Sequence[str]:
         """What can become of a row; the column `fate` holds an index into it."""
 
-    def rows(self, documents: Sequence[Document], *, seed: int, order: int) -> pa.Table:
-        """Return the rows of a work order, a function of these arguments alone."""
+    def rows(self, items: Sequence[Any], /, *, seed: int, order: int) -> pa.Table:
+        """Return the rows of what the blocks of a work order hold, a function of these alone."""
 
-    def collate(self, table: pa.Table) -> ArrayBatch:
-        """Return the batch that the model is given for the rows of one slot."""
+    def collate(self, table: pa.Table, *, seed: int, step: int, slot: int) -> ArrayBatch:
+        """Return the batch that the model is given for the rows of one slot of one step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +64,12 @@ class RowSource:
         Added columns: `order`, `row` in the order, and `order_rows`, how many it has.
         """
         plan = self.plan
-        documents = [
+        items = [
             found._replace(visit=visit)
             for block, visit in order.blocks
             for found in plan.manifest.read(block, "training")
         ]
-        made = self.maker.rows(documents, seed=plan.seed, order=order.number)
+        made = self.maker.rows(items, seed=plan.seed, order=order.number)
         num_rows = made.num_rows
         address = {
             "order": pa.array(np.full(num_rows, order.number, dtype=np.int64)),
@@ -198,7 +197,7 @@ class Rank:
 
 
 def steps(
-    blocks: Iterable[pa.Table], maker: RowMaker, config: OrderConfig, start: Cursor, rank: Rank
+    blocks: Iterable[pa.Table], source: RowSource, config: OrderConfig, start: Cursor, rank: Rank
 ) -> Iterator[Step]:
     """Yield this rank's part of every global batch from a cursor on, to the end of the stream.
 
@@ -207,6 +206,7 @@ def steps(
     Raises:
         RuntimeError: If the blocks of all ranks are not the stream without a gap.
     """
+    maker, seed = source.maker, source.plan.seed
     mine = _whole_blocks(blocks, config.rows_per_block)
     position = (start.order, start.row)
     done = start.steps_done
@@ -225,8 +225,12 @@ def steps(
                 for slot, table in tables.items()
             }
             last = i + 1 == config.steps_per_block
+            step = config.first_step(next_block) + i
             yield Step(
-                slots={slot: maker.collate(part) for slot, part in parts.items()},
+                slots={
+                    slot: maker.collate(part, seed=seed, step=step, slot=slot)
+                    for slot, part in parts.items()
+                },
                 fates=_count_fates(parts.values(), len(maker.fates)),
                 cursor=Cursor(*after, 0) if last else Cursor(*position, i + 1),
             )

@@ -12,6 +12,8 @@ from pipelines.tables import table
 EXAMPLES_PER_REASON = 3
 _ADVICE = {
     "quarantined:no-text-field": "--source.text-field names the field or column of the documents",
+    "quarantined:several-pictures": "the adjacent files of a .tar whose names are one up to the "
+    "first dot are one sample, which holds one picture: 000001.jpg, 000002.jpg and so on",
     "quarantined:bad-json": "a .jsonl shard holds one JSON object on each line, nothing else",
     "quarantined:bad-utf8": "shards are UTF-8; `iconv -t UTF-8` converts others",
     CUT: "fetch or pack these shards again, or leave them out whole with "
@@ -52,7 +54,8 @@ def check(manifest: Manifest) -> None:
         raise DataError("\n\n".join([" and ".join(wrong), *page]))
     if not manifest.records_where("training"):
         raise DataError(
-            f"none of {records} records is a document for training ({', '.join(ledger)}); check "
+            f"none of {records} records is a document or picture for training "
+            f"({', '.join(ledger)}); check "
             "--source.text-field, --source.heldout-ratio and the data"
         )
 

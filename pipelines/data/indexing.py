@@ -6,7 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from pipelines.data.filesystems import READ_ERRORS, File, read_through, reason, split_root
-from pipelines.data.manifest import CUT, Block, Entry, Manifest, Quarantined, Shard, fate_of
+from pipelines.data.manifest import (
+    CUT,
+    DUPLICATE,
+    Block,
+    Entry,
+    Manifest,
+    Quarantined,
+    Shard,
+    fate_of,
+)
 from pipelines.data.records import Record, suffixes
 from pipelines.data.shards import SourceConfig, form_of, parts, unit_of
 from pipelines.errors import DataError
@@ -90,6 +99,7 @@ class _Findings:
         self._ledger: dict[str, Counter[str]] = {}
         self._quarantined: list[Quarantined] = []
         self._blocks: list[Block] = []
+        self._keys: set[str] = set()
         self._open_block()
 
     def seen(self, data: bytes) -> None:
@@ -98,7 +108,12 @@ class _Findings:
 
     def add(self, record: Record) -> None:
         """Account for a record."""
-        fate, _ = fate_of(record.data, self._form, self._source)
+        fate, _ = fate_of(record, self._form, self._source)
+        if record.key in self._keys:
+            fate = DUPLICATE
+            self._excluded.append(self._fates.total())
+        elif record.key:
+            self._keys.add(record.key)
         self._ledger.setdefault(fate, Counter()).update(records=1, bytes=record.bytes)
         if fate.startswith("quarantined") and len(self._quarantined) < MAX_QUARANTINE_ENTRIES:
             self._quarantined.append(
@@ -130,6 +145,7 @@ class _Findings:
                 first_record=0,
                 training=self._fates["training"],
                 heldout=self._fates["heldout"],
+                excluded=tuple(self._excluded),
             )
         )
         self.offset += self._block_size()
@@ -149,6 +165,7 @@ class _Findings:
         self._bytes = 0
         self._hash = hashlib.sha256()
         self._fates: Counter[str] = Counter()
+        self._excluded: list[int] = []
 
     def _block_size(self) -> int:
         return self._bytes if self.unit == "byte" else self._fates.total()

@@ -11,19 +11,28 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
 from pipelines.data.filesystems import READ_ERRORS, join, read_through, reason
-from pipelines.data.records import Form
-from pipelines.data.shards import Rejected, SourceConfig, document, records_from, unit_of
+from pipelines.data.records import Form, Record
+from pipelines.data.shards import (
+    Rejected,
+    SourceConfig,
+    document,
+    picture,
+    records_from,
+    unit_of,
+)
 from pipelines.errors import DataError
 
 Split = Literal["training", "heldout"]
 
 CUT = "quarantined:cut-shard"
 """The fate of a shard that cannot be read to its end: it counts as one record."""
+DUPLICATE = "quarantined:duplicate-key"
+"""The fate of a sample whose key an earlier one of its shard has."""
 GATES = ("max_quarantined_ratio", "cut_shards")
 """Fields of the source that only say whether a corpus may be used, never how it is read."""
 
@@ -38,6 +47,18 @@ class Document(NamedTuple):
     text: str
     visit: int = 0
     """Which pass over its source this is: the document is cut and masked anew in each."""
+
+
+class Picture(NamedTuple):
+    """One picture of a block."""
+
+    record: int
+    """Number of its record in the corpus."""
+    content: int
+    """64-bit hash of its bytes; copies of one picture share it."""
+    data: bytes
+    visit: int = 0
+    """Which pass over its source this is: its views are drawn anew in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +85,16 @@ class Block:
     bytes: int
     sha256: str
     """Of its bytes; in parquet, of each value after its length in 8 bytes, little-endian, the
-    length of a null being 2^64 - 1."""
+    length of a null being 2^64 - 1; in tar, of the bytes of its samples, and for what is passed
+    over of its fate and size."""
     records: int
     first_record: int
     training: int
-    """How many of its records are documents for training."""
+    """How many of its records are documents or pictures for training."""
     heldout: int
+    excluded: tuple[int, ...] = ()
+    """Which of its records, counted from 0, are not used for what only the whole shard tells: in
+    tar, those whose key has been there before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +154,9 @@ class Manifest:
             del content["source"][gate]
         for entry in content["quarantined"]:
             del entry["detail"]
+        for block in content["blocks"]:
+            if not block["excluded"]:  # as if there were no such field, which text does not need
+                del block["excluded"]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -136,8 +164,8 @@ class Manifest:
         """Return the numbers of the blocks that hold at least one document of a split."""
         return [i for i, block in enumerate(self.blocks) if getattr(block, split)]
 
-    def read(self, number: int, split: Split) -> list[Document]:
-        """Return the documents of a split in one block.
+    def read(self, number: int, split: Split) -> list[Any]:
+        """Return what a block holds of a split: every `Document`, or from tar every `Picture`.
 
         Raises:
             DataError: If the bytes are not the ones that were indexed.
@@ -156,17 +184,17 @@ class Manifest:
                 f"{name}: cannot be read any more ({reason(error)}); restore this shard"
             ) from error
 
-    def _read(self, number: int, split: Split) -> list[Document]:
+    def _read(self, number: int, split: Split) -> list[Document | Picture]:
         block = self.blocks[number]
         shard = self.shards[block.shard]
         name = join(self.root, shard.path)
         digest = hashlib.sha256()
-        found: list[Document] = []
+        found: list[Document | Picture] = []
         records = records_from(name, self.source, block.offset, digest.update)
         for i, record in enumerate(islice(records, block.records)):
-            fate, text = fate_of(record.data, shard.form, self.source)
-            if fate == split:
-                found.append(Document(block.first_record + i, content_hash(text), text))
+            fate, item = fate_of(record, shard.form, self.source)
+            if fate == split and item and i not in block.excluded:
+                found.append(item._replace(record=block.first_record + i))
         if digest.hexdigest() != block.sha256:
             unit = unit_of(name)
             end = block.offset + (block.records if unit == "row" else block.bytes)
@@ -198,15 +226,31 @@ class Manifest:
 
 def content_hash(text: str) -> int:
     """Return a hash of the words of a text: case and white space do not count."""
-    words = " ".join(text.lower().split())
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
+    return _hash(" ".join(text.lower().split()).encode())
 
 
-def fate_of(record: bytes | None, form: Form, source: SourceConfig) -> tuple[str, str]:
-    """Return what becomes of a record, from its bytes alone, and its text if it has one."""
-    text = document(record, form, source)
-    if isinstance(text, Rejected):
-        return text.reason, ""
+def fate_of(
+    record: Record, form: Form, source: SourceConfig
+) -> tuple[str, Document | Picture | None]:
+    """Return what becomes of a record, from it alone, and what it holds, numbered 0."""
+    if record.fate:
+        return record.fate, None
+    item: Document | Picture
+    if form == "tar":
+        assert record.data is not None
+        data = picture(record.data)
+        if isinstance(data, Rejected):
+            return data.reason, None
+        item = Picture(0, _hash(data), data)
+    else:
+        text = document(record.data, form, source)
+        if isinstance(text, Rejected):
+            return text.reason, None
+        item = Document(0, content_hash(text), text)
     # The lowest bits pair and mask; the held-out rule reads the hash as a fraction of 2^64.
-    heldout = content_hash(text) < source.heldout_ratio * 2**64
-    return ("heldout" if heldout else "training"), text
+    heldout = item.content < source.heldout_ratio * 2**64
+    return ("heldout" if heldout else "training"), item
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

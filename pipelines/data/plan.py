@@ -61,6 +61,10 @@ class OrderConfig:
         """Return the number of the first travelling block of the superblock of a step."""
         return step // self.steps_per_block * self.slots
 
+    def first_step(self, block: int) -> int:
+        """Return the first step of the superblock that starts with a travelling block."""
+        return block // self.slots * self.steps_per_block
+
 
 class Cursor(NamedTuple):
     """Where a run stands in the endless sequence of rows."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipelines.data.filesystems import open_file, parse
 
-Form = Literal["jsonl", "txt-file", "txt-blank-line", "parquet"]
+Form = Literal["jsonl", "txt-file", "txt-blank-line", "parquet", "tar"]
 Seen = Callable[[bytes], object]
 """Is given the bytes of every record, all of them before the record is."""
 
@@ -37,6 +37,10 @@ class Record(NamedTuple):
     None for the null of a parquet column."""
     bytes: int
     """How many it has."""
+    fate: str = ""
+    """What becomes of it, where its shard has already told: bytes of a tar that are passed over."""
+    key: str = ""
+    """Of a sample of a tar: no two of a shard may share one."""
 
 
 def split(stream: io.BufferedIOBase, form: Form, seen: Seen | None = None) -> Iterator[Record]:

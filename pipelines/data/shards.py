@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pipelines.data import parquet
+from pipelines.data import parquet, tar
 from pipelines.data.filesystems import File, find_files
 from pipelines.data.records import (
     COMPRESSED,
@@ -21,12 +21,20 @@ from pipelines.data.records import (
 )
 from pipelines.errors import UserError
 
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".parquet": "parquet"}
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "txt",
+    ".parquet": "parquet",
+    ".tar": "tar",
+}
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+"""Of the files of a sample that hold a picture; what they are is told by their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """How documents are read from raw shards, and which of them are kept from training."""
+    """How documents and pictures are read from raw shards, and which are kept from training."""
 
     text_field: str = "text"
     """The field of a jsonl line, or the column of a parquet shard, that holds the document."""
@@ -34,7 +42,7 @@ class SourceConfig:
     """What is one document in a txt shard: the whole file, or text between blank lines."""
     heldout_ratio: float = 0.15
     """Share of documents held out for evaluation, chosen by a hash of their words, so that
-    copies of one document are always on the same side."""
+    copies of one document are always on the same side; of pictures, by a hash of their bytes."""
     max_quarantined_ratio: float = 0.001
     """Share of records that may be broken; with more of them nothing is started."""
     cut_shards: Literal["refuse", "quarantine"] = "refuse"
@@ -54,7 +62,7 @@ class SourceConfig:
 
 
 class Rejected(NamedTuple):
-    """Why a record is not a document."""
+    """Why a record is not a document or a picture."""
 
     reason: str
     """`filtered:...` for what is empty by design, `quarantined:...` for what is broken."""
@@ -66,8 +74,9 @@ def find_shards(patterns: Sequence[str], *, separate: bool = False) -> list[File
     With `separate`, each pattern is a source of its own.
 
     Raises:
-        UserError: If there is no pattern, one matches nothing, a file is of no known form, or a
-            shard is in two sources that are to be separate.
+        UserError: If there is no pattern, one matches nothing, a file is of no known form, some
+            shards hold text and others pictures, or a shard is in two sources that are to be
+            separate.
     """
     if not patterns:
         raise UserError("no data: name raw shards, such as 'corpus/*.jsonl'")
@@ -89,7 +98,17 @@ def find_shards(patterns: Sequence[str], *, separate: bool = False) -> list[File
                 )
         if not num_matches:
             raise UserError(f"no shards match {pattern!r}: check the path, and quote the pattern")
-    return sorted(found.values())
+    shards = sorted(found.values())
+    pictures = [file.name for file in shards if holds_pictures(file.name)]
+    if 0 < len(pictures) < len(shards):
+        text = next(file.name for file in shards if not holds_pictures(file.name))
+        raise UserError(f"{pictures[0]} holds pictures and {text} text: name either in --data")
+    return shards
+
+
+def holds_pictures(name: str) -> bool:
+    """Return whether a shard holds pictures and not text."""
+    return suffixes(name)[0] == ".tar"
 
 
 def is_shard(name: str) -> bool:
@@ -111,6 +130,8 @@ def form_of(name: str, config: SourceConfig) -> Form:
     known = _SUFFIXES[suffixes(name)[0]]
     if known == "txt":
         return "txt-file" if config.txt_documents == "file" else "txt-blank-line"
+    if known == "tar":
+        return "tar"
     return "parquet" if known == "parquet" else "jsonl"
 
 
@@ -130,7 +151,7 @@ def parts(name: str, config: SourceConfig, seen: Seen) -> Iterator[Iterator[Reco
         yield from parquet.row_groups(name, config.text_field, config.max_expansion, seen)
     else:
         with open_content(name, config.max_expansion) as stream:
-            yield split(stream, form, seen)
+            yield tar.records(stream, seen) if form == "tar" else split(stream, form, seen)
 
 
 def records_from(name: str, config: SourceConfig, offset: int, seen: Seen) -> Iterator[Record]:
@@ -151,7 +172,7 @@ def records_from(name: str, config: SourceConfig, offset: int, seen: Seen) -> It
                 offset -= skipped
         else:
             stream.seek(offset)
-        yield from split(stream, form, seen)
+        yield from tar.records(stream, seen) if form == "tar" else split(stream, form, seen)
 
 
 def document(record: bytes | None, form: Form, config: SourceConfig) -> str | Rejected:
@@ -181,3 +202,15 @@ def document(record: bytes | None, form: Form, config: SourceConfig) -> str | Re
     if not any(character.isalnum() for character in text):
         return Rejected("filtered:no-words")
     return text
+
+
+def picture(sample: bytes) -> bytes | Rejected:
+    """Return the file of a sample that holds its picture, or the reason why there is none."""
+    try:
+        files = tar.files(sample)
+    except ValueError:
+        return Rejected("quarantined:two-files-of-one-name")
+    found = [data for name, data in files.items() if name.rpartition(".")[2] in EXTENSIONS]
+    if len(found) != 1:
+        return Rejected("quarantined:several-pictures" if found else "filtered:no-picture")
+    return found[0]

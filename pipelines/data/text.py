@@ -94,8 +94,11 @@ class TextRows:
         cut_keys, mask_keys = (_document_keys(documents, seed, op) for op in ("cut", "mask"))
         return _table(text, self._neighbours(text, cut_keys, mask_keys, key(seed, order, "couple")))
 
-    def collate(self, table: pa.Table) -> dict[str, NDArray[Any]]:
+    def collate(
+        self, table: pa.Table, *, seed: int = 0, step: int = 0, slot: int = 0
+    ) -> dict[str, NDArray[Any]]:
         """Return the batch that the model is given: int64 arrays padded to fixed shapes."""
+        del seed, step, slot  # nothing is drawn here
         num_rows, width = table.num_rows, self.config.max_length
         ids, lengths = _unnest(table["input_ids"])
         attended = np.arange(width) < lengths[:, None]

@@ -1,7 +1,7 @@
 """The training loop: one function, for every objective and any number of workers."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from pipelines.training.feed import Feed
 from pipelines.training.start import draw
 from pipelines.training.tracking import SpoolWriter
 from ssl_models import build_objective
-from ssl_models.objective import Batch, Objective, joint_loss
+from ssl_models.objective import Batch, Objective, StepOutput, joint_loss
 from ssl_models.optim import FlatGradients, build_optimizer, learning_rate
 
 
@@ -109,7 +109,7 @@ def train_worker(job: Job) -> None:
         gather=_gather,
         first_block=config.order.first_block(position.step),
     )
-    stream = steps(feed.blocks(), source.maker, config.order, position.cursor, members)
+    stream = steps(feed.blocks(), source, config.order, position.cursor, members)
     for step in meter.waits(stream):
         metrics = train_step(learner, step.slots, position.step)
         position.step, position.cursor = position.step + 1, step.cursor
@@ -177,15 +177,11 @@ def train_step(learner: Learner, slots: dict[int, ArrayBatch], step: int) -> dic
     totals = _sum_over_ranks([objective.weights(batch) for batch in batches.values()])
     learner.gradients.zero()
     metrics: dict[str, Any] = {}
-    for slot, batch in sorted(batches.items()):
-        # Dropout depends on the slot, not on who computes it.
-        torch.manual_seed(key(config.seed, step, slot, "dropout") >> 1)
-        with torch.autocast(learner.device.type, torch.bfloat16, learner.device.type == "cuda"):
-            output = objective(batch)
+    for num_slots, output in _outputs(learner, batches, step):
         loss = joint_loss(output.terms, objective.coefficients, totals)
         torch.autograd.backward(loss)
         # The slots' shares of the loss add up to it, so each weighs a slot's share of a step.
-        share = torch.tensor(1 / config.order.slots, device=learner.device)
+        share = torch.tensor(num_slots / config.order.slots, device=learner.device)
         for name, pair in {**output.metrics, "loss": (loss.detach(), share)}.items():
             metrics[name] = metrics.get(name, 0) + torch.stack(pair)
     dist.all_reduce(learner.gradients.vector)
@@ -200,6 +196,26 @@ def train_step(learner: Learner, slots: dict[int, ArrayBatch], step: int) -> dic
     learner.optimizer.step()
     one = torch.ones((), device=learner.device)
     return metrics | {"gradient_norm": torch.stack([norm, one])}
+
+
+def _outputs(
+    learner: Learner, batches: dict[int, Batch], step: int
+) -> Iterator[tuple[int, StepOutput]]:
+    """Yield (1, its output) for each slot, or (how many, what they give) of all slots joined."""
+    objective, seed = learner.objective, learner.config.seed
+
+    def in_slot(forward: Callable[[Batch], Any], slot: int) -> Any:
+        # Dropout depends on the slot, not on who computes it.
+        torch.manual_seed(key(seed, step, slot, "dropout") >> 1)
+        with torch.autocast(learner.device.type, torch.bfloat16, learner.device.type == "cuda"):
+            return forward(batches[slot])
+
+    if objective.joins_slots:
+        embedded = [in_slot(objective.embed, slot) for slot in sorted(batches)]
+        yield len(batches), objective.join(embedded, [batches[slot] for slot in sorted(batches)])
+    else:
+        for slot in sorted(batches):
+            yield 1, in_slot(objective, slot)
 
 
 def advance(

@@ -2,9 +2,9 @@
 
 A bundle directory holds these files and no others:
 
-config.json         format_version 1, the objective that the weights belong to, the text of its rows
-model.safetensors   the weights
-tokenizer.json      splits raw text
+config.json         format_version 1, the objective that the weights belong to, its text or images
+model.safetensors   the weights, without those that are for pretraining alone
+tokenizer.json      splits raw text; not there for images
 lineage.json        where it comes from
 MODEL_CARD.md       the same for people
 manifest.json       {name: {bytes, sha256}} of the files above, written last
@@ -24,7 +24,7 @@ from pipelines.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-REQUIRED_NAMES = ("config.json", "model.safetensors", "tokenizer.json")
+REQUIRED_NAMES = ("config.json", "model.safetensors")
 ADVICE = "download it again or register it anew"
 
 
@@ -45,7 +45,7 @@ def write_bundle(
     *,
     config: dict[str, Any],
     state: dict[str, Tensor],
-    tokenizer_json: str,
+    tokenizer_json: str | None,
     lineage: dict[str, Any],
     card: str,
 ) -> Bundle:
@@ -58,10 +58,11 @@ def write_bundle(
     save_file(weights, partial / "model.safetensors")
     texts = {
         "config.json": _to_json({"format_version": FORMAT_VERSION, **config}),
-        "tokenizer.json": tokenizer_json,
         "lineage.json": _to_json(lineage),
         "MODEL_CARD.md": card,
     }
+    if tokenizer_json is not None:
+        texts["tokenizer.json"] = tokenizer_json
     for name, text in texts.items():
         (partial / name).write_text(text)
     manifest = {path.name: _describe(path) for path in partial.iterdir()}

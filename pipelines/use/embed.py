@@ -30,7 +30,7 @@ from pipelines.data.records import Form
 from pipelines.data.shards import records_from
 from pipelines.errors import DataError, OutageError, UserError
 from pipelines.storage import held, write_file
-from pipelines.use.registry import Encoder
+from pipelines.use.encoder import Encoder
 
 PREFIX = "rayssl."
 """Of the keys in the schema of a file."""
@@ -70,7 +70,7 @@ class EmbedJob:
     @property
     def dimension(self) -> int:
         """Width of an embedding."""
-        return int(self.encoder.config["objective"]["encoder"]["hidden_size"])
+        return self.encoder.dimension
 
     @cached_property
     def units(self) -> list[range]:

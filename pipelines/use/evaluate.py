@@ -25,7 +25,7 @@ from pipelines.errors import DataError
 from pipelines.run import Run
 from pipelines.use.baselines import Counts, bootstrap, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
-from pipelines.use.registry import Encoder
+from pipelines.use.encoder import Encoder
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.objective import Objective
 
@@ -120,9 +120,9 @@ def evaluate(objective: Objective, run: Run, data: Manifest | None = None) -> Ev
 
     Raises:
         DataError: If no document is left to evaluate on.
+        UserError: If the run is not on text.
     """
-    maker = run.source.maker
-    assert isinstance(maker, TextRows)
+    maker = run.text_rows
     held = _Held(run.manifest, "heldout")
     if data is not None:
         held = _without_copies(_Held(data, "training"), run.manifest)
@@ -139,7 +139,9 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
 
     Raises:
         BundleError: If the bundle does not tell how its rows were made.
+        UserError: If the encoder is not one of text.
     """
+    vocabulary = encoder.vocabulary
     try:
         config = TypeAdapter(TextConfig).validate_python(encoder.config.get("text"), extra="forbid")
     except ValidationError as error:
@@ -149,7 +151,7 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
             "register it anew"
         ) from error
     held = _Held(data, "training")
-    maker = TextRows(config, encoder.vocabulary)
+    maker = TextRows(config, vocabulary)
     measured = _measure(encoder.objective, maker, held, folds=2)
     evaluation = _figures(maker, measured, held, measured.folds[::-1])
     return replace(evaluation, own_baselines=True)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from pipelines.errors import UserError
-from pipelines.use.registry import Encoder
+from pipelines.use.encoder import Encoder
 from ssl_models.masked_language import NO_LABEL, MaskedLanguage
 
 MASK = "[MASK]"

@@ -21,8 +21,8 @@ from tokenizers.processors import TemplateProcessing
 from pipelines.data.vocabulary import CONTROL_TOKENS, Vocabulary
 from pipelines.errors import UserError
 from pipelines.storage import write_folder
+from pipelines.use.encoder import Encoder
 from pipelines.use.hf_layout import FIXED, SIZES, hf_name
-from pipelines.use.registry import Encoder
 from ssl_models.bert import BertConfig
 from ssl_models.masked_language import MaskedLanguage
 
@@ -35,9 +35,9 @@ def export(encoder: Encoder, directory: Path) -> None:
             head that was not trained, or BertTokenizer would split text otherwise than its
             vocabulary does.
     """
+    objective, vocabulary = encoder.objective, encoder.vocabulary
     if encoder.fresh:
         raise UserError(f"the model came without {encoder.fresh[0]}: there is nothing to export")
-    objective, vocabulary = encoder.objective, encoder.vocabulary
     if not isinstance(objective, MaskedLanguage):
         raise UserError(f"{type(objective).__name__} is no BERT: only text encoders are exported")
     bert = objective.encoder.config

@@ -42,9 +42,10 @@ def preview(config: RunConfig) -> dict[str, Any]:
     """Print masked pairs and the report of a run that has not begun; return the report.
 
     Raises:
-        UserError: If there is no data, or the vocabulary is missing.
+        UserError: If there is no data, the vocabulary is missing, or the recipe is not of text.
         DataError: If the data cannot be trusted.
     """
+    _ = config.masked_language
     with cluster(config.address, 1, verbose=config.verbose):
         manifest = index_data(config)
     plan = Plan(manifest, config.seed, config.order.blocks_per_order, config.weights)

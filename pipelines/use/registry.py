@@ -12,36 +12,40 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, TypeAdapter, ValidationError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
-from pipelines.use.bundle import FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
+from pipelines.use.bundle import ADVICE, FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
+from pipelines.use.encoder import Encoder
 from pipelines.use.hf_layout import is_hf_layout, read_hf_layout
 from ssl_models import ObjectiveConfig, build_objective
-from ssl_models.objective import Batch, Objective
 
 MANIFEST_TAG = "rayssl.manifest_sha256"
 FLAVOR = "rayssl"
 LOADER_MODULE = "pipelines.use.registry"
 BUNDLE_FOLDER = "encoder"
-REQUIREMENTS = ("rayssl", "mlflow", "numpy", "pydantic", "safetensors", "tokenizers", "torch")
-EXAMPLE_TEXT = "A sentence to embed."
-ROWS_PER_BATCH = 64
-CHARS_PER_TOKEN = 8
-"""So many characters of a text nearly always hold a token."""
+REQUIREMENTS = ("rayssl", "mlflow", "numpy", "pydantic", "safetensors", "torch")
+READERS = {
+    "text": ("tokenizers",),
+    "images": ("opencv-python-headless", "pillow", "simplejpeg"),
+}
+"""Packages that an encoder of a modality needs beside."""
+EXAMPLES: dict[str, tuple[str, str, Any]] = {
+    "text": ("string", "text", "A sentence to embed."),
+    "images": ("binary", "image", b"P5 2 2 255\n\x00\xff\xff\x00"),  # four grey pixels, as PGM
+}
+"""Type and name of the input column, and an input."""
 
 MODEL_NAME = re.compile(r"[\w.\- ]+")
 MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
@@ -53,79 +57,6 @@ class Registered(NamedTuple):
     version: int
     model_uri: str
     """`models:/NAME/VERSION`, which always means the same bytes."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A pretrained encoder, in evaluation mode; its parameters can be trained further."""
-
-    config: dict[str, Any]
-    state: dict[str, Tensor]
-    vocabulary: Vocabulary
-    objective: Objective
-    fresh: tuple[str, ...] = ()
-    """Tensors that the model came without, such as heads: freshly drawn, not trained."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the longest row of the pretraining, control tokens included."""
-        rows = self.config.get("text") or self.config["objective"]["encoder"]
-        return int(rows["max_length"])
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Splits raw text and knows no control tokens; `vocabulary` has their ids."""
-        return self.vocabulary.tokenizer
-
-    def encode(self, texts: list[str]) -> NDArray[np.float32]:
-        """Return the embeddings float32 (texts, hidden size), without dropout.
-
-        A text is cut to the longest row of the pretraining. Texts of like length share a batch.
-        """
-        rows = [
-            [self.vocabulary.cls, *ids.tolist(), self.vocabulary.sep]
-            for ids in self._first_ids(texts, self.max_tokens - 2)
-        ]
-        width = self.config["objective"]["encoder"]["hidden_size"]
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        features = np.zeros((len(rows), width), dtype=np.float32)
-        was_training = self.objective.training
-        self.objective.eval()
-        with torch.no_grad():
-            for start in range(0, len(rows), ROWS_PER_BATCH):
-                alike = by_length[start : start + ROWS_PER_BATCH]
-                batch = self._batch([rows[i] for i in alike])
-                features[alike] = self.objective.encode(batch).cpu().numpy()
-        self.objective.train(was_training)
-        return features
-
-    def _first_ids(self, texts: list[str], limit: int) -> list[NDArray[Any]]:
-        """Return the first `limit` ids of each text, without tokenising all of a long one.
-
-        What stands before a space is tokenised the same, whatever follows it.
-        """
-        ends = [text.find(" ", limit * CHARS_PER_TOKEN) for text in texts]
-        found = self.vocabulary.encode(
-            [text if end < 0 else text[:end] for text, end in zip(texts, ends, strict=True)]
-        )
-        for i, end in enumerate(ends):
-            if end >= 0 and len(found[i]) < limit:  # long words, or much that is no token
-                found[i] = self.vocabulary.encode([texts[i]])[0]
-        return [ids[:limit] for ids in found]
-
-    def _batch(self, rows: list[list[int]]) -> Batch:
-        shape = len(rows), max(len(row) for row in rows)
-        input_ids = torch.full(shape, self.vocabulary.pad)
-        attention_mask = torch.zeros(shape, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            attention_mask[i, : len(row)] = True
-        device = next(self.objective.parameters()).device
-        return {
-            "input_ids": input_ids.to(device),
-            "token_type_ids": torch.zeros_like(input_ids, device=device),
-            "attention_mask": attention_mask.to(device),
-        }
 
 
 def load_encoder(uri: str, tracking_uri: str = "sqlite:///mlflow.db") -> Encoder:
@@ -151,23 +82,35 @@ def _read_encoder(directory: Path) -> Encoder:
             f"{FORMAT_VERSION}: use the rayssl that wrote it"
         )
     state: dict[str, Tensor] = load_file(directory / "model.safetensors")
-    vocabulary = Vocabulary((directory / "tokenizer.json").read_text())
+    tokenizer = directory / "tokenizer.json"
+    if not tokenizer.exists() and "images" not in config:
+        raise BundleError(f"tokenizer.json is missing in {directory}: {ADVICE}")
+    vocabulary = Vocabulary(tokenizer.read_text()) if tokenizer.exists() else None
     return _build(config, state, vocabulary, is_whole=True)
 
 
 def _build(
-    config: dict[str, Any], state: dict[str, Tensor], vocabulary: Vocabulary, *, is_whole: bool
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    vocabulary: Vocabulary | None,
+    *,
+    is_whole: bool,
 ) -> Encoder:
-    adapter = TypeAdapter[ObjectiveConfig](ObjectiveConfig)
+    adapter: TypeAdapter[ObjectiveConfig] = TypeAdapter(
+        Annotated[ObjectiveConfig, Discriminator("kind")]
+    )
     try:
         objective_config = adapter.validate_python(config.get("objective"), extra="forbid")
         with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
             torch.manual_seed(0)
             objective = build_objective(objective_config)
-        fresh = objective.load_state_dict(state, strict=is_whole).missing_keys
+        drawn = objective.state_dict()
+        left = {k: drawn[k] for k in drawn if k.startswith(objective.pretraining_only)}
+        found = objective.load_state_dict(left | state, strict=is_whole).missing_keys
+        fresh = [*found, *(name for name in left if name not in state)]
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in ("objective", *first["loc"]))
+        where = ".".join(str(part) for part in ("objective", *first["loc"][1:]))
         raise BundleError(f"config.json: {where}: {first['msg']}") from error
     except RuntimeError as error:
         what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
@@ -343,20 +286,21 @@ def _save_model(path: Path, bundle_dir: Path, logged: Any, run_id: str) -> None:
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
-    config = json.loads((bundle_dir / "config.json").read_text())
-    hidden_size = config["objective"]["encoder"]["hidden_size"]
+    encoder = load_encoder(str(bundle_dir))
+    kind, column, example = EXAMPLES[encoder.modality]
     model = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
     model.add_flavor(FLAVOR, format_version=FORMAT_VERSION, bundle=BUNDLE_FOLDER)
+    requirements = sorted(REQUIREMENTS + READERS[encoder.modality])
     mlflow.pyfunc.save_model(
         str(path),
         loader_module=LOADER_MODULE,
         mlflow_model=model,
         signature=ModelSignature(
-            inputs=Schema([ColSpec("string", "text")]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, hidden_size))]),
+            inputs=Schema([ColSpec(kind, column)]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, encoder.dimension))]),
         ),
-        input_example={"text": [EXAMPLE_TEXT]},
-        pip_requirements=[_pin(requirement) for requirement in REQUIREMENTS],
+        input_example={column: [example]},
+        pip_requirements=[_pin(requirement) for requirement in requirements],
     )
     shutil.copytree(bundle_dir, path / BUNDLE_FOLDER)
 
@@ -373,9 +317,10 @@ class _PyfuncEncoder:
         self._encoder = encoder
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> NDArray[np.float32]:
-        """Embed the column `text` of a DataFrame, or a list of texts; there are no params."""
+        """Embed the column `text` or `image` of a DataFrame, or a list; there are no params."""
         del params
-        return self._encoder.encode(list(data["text"] if hasattr(data, "columns") else data))
+        _, column, _ = EXAMPLES[self._encoder.modality]
+        return self._encoder.encode(list(data[column] if hasattr(data, "columns") else data))
 
 
 def _load_pyfunc(path: str) -> _PyfuncEncoder:

@@ -35,7 +35,7 @@ def verify(run: Run) -> Verdict:
         raise UserError(f"run {run.dir.name!r} has no commit yet: nothing to verify")
     recorded = [digest for commit in run.log.lineage(newest) for digest in commit.digests]
     order, source, start = run.config.order, run.source, Cursor()
-    made = steps(local_blocks(source, order, start), source.maker, order, start, Rank())
+    made = steps(local_blocks(source, order, start), source, order, start, Rank())
     digest = START_DIGEST
     # What follows the steps that were made is never asked for.
     for number, (wanted, step) in enumerate(zip(recorded, made, strict=False), 1):

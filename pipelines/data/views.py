@@ -1,0 +1,221 @@
+"""Augmented views of a picture: drawn as numbers first, then made from its pixels.
+
+A view is a function of (seed, visit, record, number of the view): the draws are addressed, so a
+task that runs again gives the same bytes. What was drawn is kept, so that a sheet can show it.
+
+Chen et al. 2020, A Simple Framework for Contrastive Learning, arXiv:2002.05709, appendix A.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.data.decode import Pixels
+
+CROP_TRIES = 10
+NUM_DRAWS = 4 * CROP_TRIES + 16
+"""Uniform draws that one view may use."""
+
+cv2.setNumThreads(1)  # one task has one core
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """What may happen to a view, how likely and how strongly; 0 turns a change off."""
+
+    size: int = 32
+    """Height and width of a view in pixels."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the picture's area that a crop takes."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Narrowest and widest crop, as width / height."""
+    flip: float = 0.5
+    """Probability of a mirror image, left to right."""
+    rotation: float = 0.0
+    """Probability of a rotation."""
+    degrees: float = 15.0
+    """Largest rotation to either side; what turns into view mirrors the edge."""
+    inversion: float = 0.0
+    """Probability that every colour becomes its opposite."""
+    jitter: float = 0.8
+    """Probability of a change of brightness, contrast, saturation and hue."""
+    brightness: float = 0.4
+    """Largest relative change."""
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    """Largest turn of the colour circle, at most 0.5."""
+    greyscale: float = 0.2
+    """Probability of losing all colour."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation in pixels of the view."""
+    solarisation: float = 0.0
+    """Probability that every value from 128 on becomes its opposite."""
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise ValueError(f"size must be at least 8 pixels, got {self.size}")
+        for name in (
+            *("flip", "rotation", "inversion", "jitter", "greyscale", "blur", "solarisation"),
+            *("brightness", "contrast", "saturation"),
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        if not 0 <= self.hue <= 0.5 or not 0 <= self.degrees <= 180:
+            raise ValueError(
+                f"hue must be in 0..0.5 and degrees in 0..180, got {self.hue} and {self.degrees}"
+            )
+        for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} must rise within (0, {most}], got {low}, {high}")
+
+
+class View(NamedTuple):
+    """What was drawn for one view; each change is made in this order."""
+
+    left: int
+    """The crop, in pixels of the upright picture."""
+    top: int
+    width: int
+    height: int
+    flip: bool
+    degrees: float
+    """Anticlockwise; 0 where it is not rotated."""
+    brightness: float
+    """Factors; 1 where nothing changes."""
+    contrast: float
+    saturation: float
+    hue: float
+    """Turn of the colour circle; 0 where nothing changes."""
+    greyscale: bool
+    blur_sigma: float
+    """0 where it is not blurred."""
+    solarise: bool
+    invert: bool
+
+
+def draw_view(config: ViewConfig, draws: NDArray[np.float64], height: int, width: int) -> View:
+    """Return a view of a picture of this size, from `NUM_DRAWS` uniform draws in [0, 1)."""
+    chances, amounts, crops = draws[:7], draws[7:14], draws[16:]
+
+    def factor(amount: float, strength: float) -> float:
+        return 1 + strength * (2 * amount - 1) if chances[2] < config.jitter else 1.0
+
+    low, high = config.blur_sigma
+    turn = config.degrees * (2 * amounts[0] - 1)
+    return View(
+        *_draw_crop(config, crops, height, width),
+        flip=bool(chances[0] < config.flip),
+        degrees=float(turn) if chances[1] < config.rotation else 0.0,
+        brightness=float(factor(amounts[1], config.brightness)),
+        contrast=float(factor(amounts[2], config.contrast)),
+        saturation=float(factor(amounts[3], config.saturation)),
+        hue=float(factor(amounts[4], config.hue) - 1),
+        greyscale=bool(chances[3] < config.greyscale),
+        blur_sigma=float(low + (high - low) * amounts[5]) if chances[4] < config.blur else 0.0,
+        solarise=bool(chances[5] < config.solarisation),
+        invert=bool(chances[6] < config.inversion),
+    )
+
+
+def centre_view(height: int, width: int) -> View:
+    """Return the largest square of the middle of a picture, unchanged."""
+    side = min(height, width)
+    return View(
+        (width - side) // 2,
+        (height - side) // 2,
+        side,
+        side,
+        flip=False,
+        degrees=0.0,
+        brightness=1.0,
+        contrast=1.0,
+        saturation=1.0,
+        hue=0.0,
+        greyscale=False,
+        blur_sigma=0.0,
+        solarise=False,
+        invert=False,
+    )
+
+
+def apply_view(pixels: Pixels, view: View, size: int) -> Pixels:
+    """Return the view, uint8 (size, size, channels)."""
+    made = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
+    # Area averages where it shrinks a lot, or fine patterns would turn into coarse ones.
+    shrinks = min(view.width, view.height) >= 2 * size
+    made = cv2.resize(
+        made, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR_EXACT
+    )
+    if view.flip:
+        made = cv2.flip(made, 1)
+    if view.degrees:
+        centre = ((size - 1) / 2, (size - 1) / 2)
+        matrix = cv2.getRotationMatrix2D(centre, view.degrees, 1.0)
+        made = cv2.warpAffine(made, matrix, (size, size), borderMode=cv2.BORDER_REFLECT_101)
+    made = _colours(made.reshape(size, size, -1), view)
+    if view.blur_sigma:
+        made = cv2.GaussianBlur(made, (0, 0), view.blur_sigma)
+    if view.solarise:
+        made = np.where(made < 128, made, 255 - made)
+    if view.invert:
+        made = 255 - made
+    whole: Pixels = np.ascontiguousarray(made).reshape(size, size, pixels.shape[2])
+    return whole
+
+
+def _draw_crop(
+    config: ViewConfig, draws: NDArray[np.float64], height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of a crop.
+
+    The ratio is uniform on a logarithmic scale, as in Inception's crops (Szegedy et al. 2015,
+    arXiv:1409.4842). Where none of ten tries fits in, the largest centred crop of an allowed
+    ratio is taken.
+    """
+    (smallest, largest), (narrowest, widest) = config.crop_scale, config.crop_ratio
+    for area, ratio, x, y in draws[: 4 * CROP_TRIES].reshape(CROP_TRIES, 4):
+        pixels = height * width * (smallest + (largest - smallest) * area)
+        shape = narrowest * (widest / narrowest) ** ratio
+        wide, high = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
+        if 0 < wide <= width and 0 < high <= height:
+            left, top = int(x * (width - wide + 1)), int(y * (height - high + 1))
+            return left, top, wide, high
+    shape = min(max(width / height, narrowest), widest)
+    wide, high = min(width, round(height * shape)), min(height, round(width / shape))
+    wide, high = max(wide, 1), max(high, 1)
+    return (width - wide) // 2, (height - high) // 2, wide, high
+
+
+def _colours(pixels: Pixels, view: View) -> Pixels:
+    """Change brightness, contrast, saturation and hue, and drop the colours if so drawn."""
+    is_grey = pixels.shape[2] == 1
+    if view.brightness != 1 or view.contrast != 1:
+        mean = view.brightness * float(_grey(pixels).mean())
+        values = view.contrast * view.brightness * np.arange(256) + (1 - view.contrast) * mean
+        pixels = cv2.LUT(pixels, np.rint(values).clip(0, 255).astype(np.uint8))
+    if is_grey:
+        return pixels
+    if view.saturation != 1:
+        grey = cv2.cvtColor(_grey(pixels), cv2.COLOR_GRAY2RGB)
+        pixels = cv2.addWeighted(pixels, view.saturation, grey, 1 - view.saturation, 0)
+    if view.hue:
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+        hsv[..., 0] += np.uint8(round(256 * view.hue) % 256)
+        pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    if view.greyscale:
+        pixels = cv2.cvtColor(_grey(pixels), cv2.COLOR_GRAY2RGB)
+    return pixels
+
+
+def _grey(pixels: Pixels) -> Pixels:
+    """Return the luma of ITU-R BT.601."""
+    grey: Pixels = pixels if pixels.shape[2] == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    return grey

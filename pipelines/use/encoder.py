@@ -1,0 +1,143 @@
+"""A pretrained encoder in use: texts, or the bytes of pictures, to embeddings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pipelines.data.images import ImageConfig, ImageRows
+from pipelines.data.shards import Rejected
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.errors import DataError, UserError
+from ssl_models.autoencoder import Autoencoder
+from ssl_models.contrastive import Contrastive
+from ssl_models.objective import Batch, Objective
+
+ROWS_PER_BATCH = 64
+CHARS_PER_TOKEN = 8
+"""So many characters of a text nearly always hold a token."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A pretrained encoder, in evaluation mode; its parameters can be trained further."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    pieces: Vocabulary | None
+    """The vocabulary of an encoder of text, None of one of images."""
+    objective: Objective
+    fresh: tuple[str, ...] = ()
+    """Tensors that the model came without, such as heads: freshly drawn, not trained."""
+
+    @property
+    def modality(self) -> Literal["text", "images"]:
+        """What it embeds."""
+        return "text" if self.pieces else "images"
+
+    @property
+    def dimension(self) -> int:
+        """Width of an embedding."""
+        if self.pieces:
+            return int(self.config["objective"]["encoder"]["hidden_size"])
+        assert isinstance(self.objective, Contrastive | Autoencoder)
+        return self.objective.config.encoder.feature_size
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of an encoder of text.
+
+        Raises:
+            UserError: If it is not one of text.
+        """
+        if self.pieces is None:
+            raise UserError("the model is an encoder of images: this is for text")
+        return self.pieces
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest row of the pretraining, control tokens included."""
+        rows = self.config.get("text") or self.config["objective"]["encoder"]
+        return int(rows["max_length"])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Splits raw text and knows no control tokens; `vocabulary` has their ids."""
+        return self.vocabulary.tokenizer
+
+    def encode(self, items: Sequence[str] | Sequence[bytes]) -> NDArray[np.float32]:
+        """Return the embeddings float32 (items, dimension), without dropout.
+
+        Items are texts, or the bytes of pictures, as the encoder is of text or images. A text is
+        cut to the longest row of the pretraining; texts of like length share a batch. Of a picture
+        the largest square of its middle is seen, in the size of the pretraining.
+
+        Raises:
+            DataError: If an item is no picture, with its place and the reason.
+        """
+        rows: list[Any] = self._text_rows(items) if self.pieces else self._pixels(items)
+        # All pictures have one size, and so keep their order.
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        features = np.zeros((len(rows), self.dimension), dtype=np.float32)
+        was_training = self.objective.training
+        self.objective.eval()
+        with torch.no_grad():
+            for start in range(0, len(rows), ROWS_PER_BATCH):
+                alike = by_length[start : start + ROWS_PER_BATCH]
+                batch = self._batch([rows[i] for i in alike])
+                features[alike] = self.objective.encode(batch).cpu().numpy()
+        self.objective.train(was_training)
+        return features
+
+    def _text_rows(self, texts: Sequence[Any]) -> list[list[int]]:
+        return [
+            [self.vocabulary.cls, *ids.tolist(), self.vocabulary.sep]
+            for ids in self._first_ids(texts, self.max_tokens - 2)
+        ]
+
+    def _pixels(self, pictures: Sequence[Any]) -> list[NDArray[np.uint8]]:
+        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
+        maker = ImageRows(config)
+        made: list[NDArray[np.uint8]] = []
+        for i, data in enumerate(pictures):
+            pixels = maker.plain(data)
+            if isinstance(pixels, Rejected):
+                raise DataError(f"picture {i} of {len(pictures)}: {pixels.reason}; leave it out")
+            made.append(pixels)
+        return made
+
+    def _first_ids(self, texts: Sequence[str], limit: int) -> list[NDArray[Any]]:
+        """Return the first `limit` ids of each text, without tokenising all of a long one.
+
+        What stands before a space is tokenised the same, whatever follows it.
+        """
+        ends = [text.find(" ", limit * CHARS_PER_TOKEN) for text in texts]
+        found = self.vocabulary.encode(
+            [text if end < 0 else text[:end] for text, end in zip(texts, ends, strict=True)]
+        )
+        for i, end in enumerate(ends):
+            if end >= 0 and len(found[i]) < limit:  # long words, or much that is no token
+                found[i] = self.vocabulary.encode([texts[i]])[0]
+        return [ids[:limit] for ids in found]
+
+    def _batch(self, rows: list[Any]) -> Batch:
+        device = next(self.objective.parameters()).device
+        if not self.pieces:
+            return {"image": torch.from_numpy(np.stack(rows)).to(device)}
+        shape = len(rows), max(len(row) for row in rows)
+        input_ids = torch.full(shape, self.vocabulary.pad)
+        attention_mask = torch.zeros(shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = True
+        return {
+            "input_ids": input_ids.to(device),
+            "token_type_ids": torch.zeros_like(input_ids, device=device),
+            "attention_mask": attention_mask.to(device),
+        }

@@ -1,0 +1,206 @@
+"""One run on pictures, from raw tar shards to the registry, by the loop and pipeline of text."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow.types import DataType
+from safetensors.torch import load_file
+
+from pipelines.config import RunConfig
+from pipelines.errors import DataError, UserError
+from pipelines.pretrain import pretrain
+from pipelines.recipes import recipe
+from pipelines.run import load_run
+from pipelines.training.loop import load_objective
+from pipelines.training.mlflow_client import open_client
+from pipelines.use.evaluate import evaluate
+from pipelines.use.fill_mask import fill_mask
+from pipelines.use.hf_export import export
+from pipelines.use.preview import preview
+from pipelines.use.registry import load_encoder
+from pipelines.use.verify import verify
+from ssl_models.contrastive import ContrastiveConfig
+from tests.pictures import make_picture, write_pictures
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run on two workers."""
+
+    folder: Path
+    config: RunConfig
+    account: dict[str, Any]
+    said: list[str]
+
+    @property
+    def dir(self) -> Path:
+        """Return the folder of the run."""
+        return self.folder / "runs" / self.config.name
+
+
+def config_of(folder: Path, name: str, **changes: Any) -> RunConfig:
+    write_pictures(folder / "pictures")
+    return replace(
+        recipe(name),
+        data=(str(folder / "pictures"),),
+        name="shapes",
+        runs=str(folder / "runs"),
+        tracking_uri=f"sqlite:///{folder}/mlflow.db",
+        **({"steps": 5, "workers": 2, "checkpoint_every": 3} | changes),
+    )
+
+
+def call(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        account = pretrain(config)
+    return account, out.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    del ray_session
+    folder = tmp_path_factory.mktemp("images")
+    config = config_of(folder, "image-tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where artifacts go
+        account, said = call(config)
+        yield Finished(folder, config, account, said)
+
+
+def test_what_was_trained_is_what_was_planned(finished: Finished) -> None:
+    verdict = verify(load_run(finished.dir))
+    assert (verdict.status, verdict.digest) == ("PASS", finished.account["digest"])
+    assert verdict.steps == finished.config.steps
+
+
+@pytest.mark.slow
+def test_one_worker_trains_on_the_same_batches(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished.folder)
+    alone, _ = call(replace(finished.config, name="alone", workers=1))
+    assert alone["digest"] == finished.account["digest"]
+    two, one = (account["evaluation"] for account in (finished.account, alone))
+    assert one["heldout/triplet_loss"] == pytest.approx(two["heldout/triplet_loss"], rel=1e-3)
+
+
+def test_the_run_says_what_it_did_in_a_handful_of_lines(finished: Finished) -> None:
+    said = "\n".join(finished.said)
+    assert "pictures" in said
+    assert "held-out pictures: triplet loss" in said
+    assert "share of active triplets" in said
+    assert "document" not in said
+    assert len(finished.said) < 15
+
+
+def test_every_picture_is_in_the_ledger(finished: Finished) -> None:
+    ledger = json.loads((finished.dir / "ledger.json").read_text())
+    records = {fate: entry["records"] for fate, entry in ledger["records"].items()}
+    assert records["training"] + records["heldout"] == 200
+    assert sum(ledger["rows"].values()) == 5 * finished.config.order.rows_per_step
+
+
+def test_a_registered_encoder_embeds_the_bytes_of_pictures(finished: Finished) -> None:
+    uri = finished.account["registered"]
+    assert uri == "models:/rayssl-image/1"
+    encoder = load_encoder(uri, finished.config.tracking_uri)
+    pictures = [make_picture(i, 20 + i) for i in range(70)]
+    features = encoder.encode(pictures)
+    assert features.dtype == np.float32
+    assert features.shape == (70, 32) == (70, encoder.dimension)
+    assert np.isfinite(features).all()
+    assert np.allclose(encoder.encode(pictures[66:67])[0], features[66], atol=1e-5)
+    assert len({row.tobytes() for row in features}) == 70
+    trained = load_objective(load_run(finished.dir)).state_dict()
+    for name, tensor in encoder.objective.state_dict().items():
+        assert name.startswith("projection.") or torch.equal(tensor, trained[name]), name
+    with pytest.raises(DataError, match="picture 1 of 2: quarantined:not-an-image"):
+        encoder.encode([pictures[0], b"no picture"])
+
+
+def test_a_bundle_holds_the_encoder_and_what_its_pixels_are(finished: Finished) -> None:
+    bundle = finished.dir / "bundle"
+    assert not (bundle / "tokenizer.json").exists()
+    weights = load_file(bundle / "model.safetensors")
+    assert weights
+    assert all(name.startswith("encoder.") for name in weights)
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["images"]["views"]["size"] == 16
+    assert config["objective"]["encoder"]["mean"] == [0.5]
+
+
+def test_mlflow_serves_the_encoder_on_a_binary_column(finished: Finished) -> None:
+    served = open_client(finished.config.tracking_uri).get_model_version("rayssl-image", "1")
+    model = mlflow.pyfunc.load_model(served.source)
+    pictures = [make_picture(i) for i in range(3)]
+    encoder = load_encoder(finished.account["registered"], finished.config.tracking_uri)
+    (column,) = model.metadata.signature.inputs
+    assert (column.name, column.type) == ("image", DataType.binary)
+    found = model.predict({"image": pictures})
+    assert np.array_equal(found, encoder.encode(pictures))
+
+
+def test_what_is_for_text_says_so_in_one_line(finished: Finished, tmp_path: Path) -> None:
+    run = load_run(finished.dir)
+    encoder = load_encoder(str(finished.dir))
+    for refused in (
+        lambda: evaluate(encoder.objective, run),
+        lambda: fill_mask(encoder, "a [MASK]", 1),
+        lambda: export(encoder, tmp_path / "out"),
+        lambda: preview(finished.config),
+    ):
+        with pytest.raises(UserError, match="of images: this is for text"):
+            refused()
+
+
+def test_a_recipe_of_text_refuses_pictures(finished: Finished, tmp_path: Path) -> None:
+    asked = replace(
+        recipe("text-tiny"), data=finished.config.data, name="x", runs=str(tmp_path / "runs")
+    )
+    with pytest.raises(UserError, match=r"part-0\.tar holds images, and recipe text-tiny"):
+        pretrain(asked)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_an_autoencoder_is_resumed_and_leaves_its_decoder_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path, "image-tiny-autoencoder")
+    account, said = call(config)
+    assert any("reconstruction loss" in line for line in said)
+    assert verify(load_run(tmp_path / "runs" / "shapes")).status == "PASS"
+    encoder = load_encoder("models:/rayssl-image@candidate", config.tracking_uri)
+    assert encoder.encode([make_picture(0)]).shape == (1, 32)
+    assert account["registered"] == "models:/rayssl-image/1"
+    assert encoder.fresh
+    assert all(name.startswith("decoder.") for name in encoder.fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_negatives_of_all_workers_give_the_training_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path, "image-tiny", workers=3)
+    assert isinstance(config.objective, ContrastiveConfig)
+    config = replace(config, objective=replace(config.objective, negatives_from="global"))
+    weights, accounts = [], []
+    for workers in (3, 1):
+        accounts.append(call(replace(config, name=f"w{workers}", workers=workers))[0])
+        weights.append(load_objective(load_run(tmp_path / "runs" / f"w{workers}")).state_dict())
+    assert accounts[0]["digest"] == accounts[1]["digest"]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-3)
