@@ -140,7 +140,7 @@ def test_every_recipe_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert run_main("pretrain", name, "--help") == 0
     out = capsys.readouterr().out
     assert "--order.slots" in out
-    assert "--objective.encoder.hidden-size" in out
+    assert "--objective.kind" in out
 
 
 def test_pretrain_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

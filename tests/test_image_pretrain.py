@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from mlflow.types import DataType
 from safetensors.torch import load_file
 
 from pipelines.config import RunConfig
+from pipelines.data import indexing
+from pipelines.data.batches import Rank, RowSource, Step, local_blocks, slot_digest, steps
+from pipelines.data.images import ImageRows
+from pipelines.data.plan import Cursor, OrderConfig, Plan
+from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import DataError, UserError
 from pipelines.pretrain import pretrain
 from pipelines.recipes import recipe
@@ -29,6 +35,7 @@ from pipelines.use.preview import preview
 from pipelines.use.registry import load_encoder
 from pipelines.use.verify import verify
 from ssl_models.contrastive import ContrastiveConfig
+from tests.corpus import serial_map
 from tests.pictures import make_picture, write_pictures
 
 
@@ -204,3 +211,31 @@ def test_negatives_of_all_workers_give_the_training_of_one(
     assert accounts[0]["digest"] == accounts[1]["digest"]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_partners_are_those_of_the_step_wherever_a_run_goes_on(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "MIN_BLOCK_BYTES", 8000)
+        manifest = indexing.build(find_shards([str(tmp_path)]), SourceConfig(), serial_map)
+    order = OrderConfig(rows_per_step=16, slots=2, steps_per_block=4, blocks_per_order=3)
+    source = RowSource(Plan(manifest, 5, 3), ImageRows(recipe("image-tiny").images))
+
+    def made(start: Cursor, first_block: int, count: int) -> list[Step]:
+        rank = Rank(first_block=first_block)
+        blocks = local_blocks(source, order, start)
+        return list(islice(steps(blocks, source, order, start, rank), count))
+
+    def digests(found: list[Step]) -> list[bytes]:
+        return [slot_digest(step.slots[slot]) for step in found for slot in sorted(step.slots)]
+
+    whole = made(Cursor(), 0, 11)
+    for done in (1, 4, 6):
+        rest = made(whole[done - 1].cursor, order.first_block(done), 11 - done)
+        assert digests(rest) == digests(whole[done:])
+    wrong = made(whole[3].cursor, 0, 2)  # as if these were the first steps
+    assert all(
+        np.array_equal(a.slots[0]["first"], b.slots[0]["first"])
+        for a, b in zip(wrong, whole[4:6], strict=True)
+    )
+    assert digests(wrong) != digests(whole[4:6])

@@ -26,6 +26,7 @@ from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import TrainingError
 from pipelines.recipes import recipe
 from pipelines.training.loop import build_learner, train_step
+from ssl_models.contrastive import ContrastiveConfig
 from ssl_models.masked_language import NO_LABEL
 from ssl_models.optim import OptimizerConfig
 from tests.corpus import make_documents
@@ -308,3 +309,34 @@ def test_t9_labels_at_random_teach_nothing_about_other_documents(
     error = 0.5 / np.sqrt(len(heldout["nsp_labels"]))
     assert len(heldout["nsp_labels"]) > 200
     assert abs(learned["nsp_accuracy"] - 0.5) < 4 * error
+
+
+def test_slots_that_are_joined_are_compared_with_each_other(alone: None) -> None:
+    """Global negatives: the step on four slots is the step on one slot that holds all rows."""
+    del alone
+    made = recipe("image-tiny")
+    assert isinstance(made.objective, ContrastiveConfig)
+    made = replace(made, objective=replace(made.objective, negatives_from="global"))
+    dice = np.random.default_rng(0)
+    parts: dict[int, ArrayBatch] = {
+        slot: {
+            "first": dice.integers(0, 256, (4, 3, 16, 16), dtype=np.uint8),
+            "second": dice.integers(0, 256, (4, 3, 16, 16), dtype=np.uint8),
+            "weight": np.ones(4, dtype=np.float32),
+        }
+        for slot in range(NUM_SLOTS)
+    }
+    joined = {name: np.concatenate([part[name] for part in parts.values()]) for name in parts[0]}
+    gradients, losses = [], []
+    for given in (parts, {0: joined}):
+        learner = build_learner(made, CPU)
+        metrics = train_step(learner, given, STEP)
+        gradients.append(learner.gradients.vector.clone())
+        losses.append(metrics["triplet_loss"])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses[0], losses[1])
+    assert float(metrics["triplet_loss"][1]) == 16
+
+    apart = build_learner(recipe("image-tiny"), CPU)
+    train_step(apart, parts, STEP)
+    assert not torch.allclose(apart.gradients.vector, gradients[0], rtol=1e-2)

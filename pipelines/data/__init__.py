@@ -1,4 +1,5 @@
 """Raw shards to global batches, a pure function of (data, seed, recipe).
 
-shards, manifest, plan, then text (sentences, vocabulary) makes rows, and batches deals them out.
+shards, manifest, plan, then text (sentences, vocabulary) or images (decode, views) makes rows, and
+batches deals them out.
 """
