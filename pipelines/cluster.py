@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # a hung worker; 600 by default
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # 30 by default, paid at every restart
 }
+_ADVICE = "\nFailed to apply UDF transform after"
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _HTTP2_SETTINGS = b"\4"
 
@@ -87,9 +88,13 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> l
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Return the error of ours inside one of Ray's, or the error itself."""
+    """Return the error of ours inside one of Ray's, or the error itself.
+
+    Ours comes without the advice that Ray Data puts below its message.
+    """
     for inside in causes(error):
         if isinstance(found := unwrap(inside), UserError):
+            found.args = (str(found).partition(_ADVICE)[0],)
             return found
     return error
 

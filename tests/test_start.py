@@ -165,7 +165,8 @@ def test_a_cased_vocab_txt_is_read_as_the_run_reads_it(
     vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
     path = tmp_path / "vocab.txt"
-    path.write_text("\n".join(vocabulary.tokenizer.id_to_token(i) for i in range(vocabulary.size)))
+    ids = vocabulary.tokenizer.get_vocab()
+    path.write_text("\n".join(sorted(ids, key=ids.__getitem__)))
     cased = load_vocabulary(path, lowercase=False)
     source = make_bundle(tmp_path / "cased", cased)
     config = replace(tiny(source), vocabulary_file=str(path))

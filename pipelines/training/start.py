@@ -85,14 +85,15 @@ def load_start(config: RunConfig) -> Start:
                 f"--objective.encoder.{name.replace('_', '-')} {there.get(name)}"
             )
     weights: dict[str, Tensor] = draw(settled).state_dict()
-    drawn = [name for name in weights if name not in source.state]
-    for name in [name for name in weights if name in source.state]:
-        if weights[name].shape != source.state[name].shape:
+    given = source.state
+    drawn = [name for name in weights if name not in given]
+    for name in [name for name in weights if name in given]:
+        if weights[name].shape != given[name].shape:
             raise UserError(
-                f"{name} of {uri} has the shape {tuple(source.state[name].shape)}, of this run "
+                f"{name} of {uri} has the shape {tuple(given[name].shape)}, of this run "
                 f"{tuple(weights[name].shape)}: start from a model of the same objective"
             )
-        weights[name] = source.state[name]
+        weights[name] = given[name]
     say(f"starts from {uri}" + (f"; drawn anew: {', '.join(drawn)}" if drawn else ""))
     return Start(uri, weights, source.vocabulary, there["vocab_size"])
 

@@ -60,11 +60,16 @@ class Encoder:
     """A pretrained encoder, in evaluation mode; its parameters can be trained further."""
 
     config: dict[str, Any]
-    state: dict[str, Tensor]
     vocabulary: Vocabulary
     objective: Objective
     fresh: tuple[str, ...] = ()
     """Tensors that the model came without, such as heads: freshly drawn, not trained."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The weights that the model came with."""
+        state: dict[str, Tensor] = self.objective.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self.fresh}
 
     @property
     def max_tokens(self) -> int:
@@ -172,7 +177,7 @@ def _build(
     except RuntimeError as error:
         what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
         raise BundleError(f"model.safetensors does not fit config.json: {what:.200}") from error
-    return Encoder(config, state, vocabulary, objective.eval(), tuple(fresh))
+    return Encoder(config, vocabulary, objective.eval(), tuple(fresh))
 
 
 def pin(uri: str, tracking_uri: str) -> str:
