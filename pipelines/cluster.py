@@ -140,6 +140,11 @@ def _join(address: str, num_cpus: int, verbose: bool) -> None:
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
     except (AuthenticationError, ConnectionError) as error:
+        if "any running Ray instance" in str(error):
+            raise ClusterError(
+                f"no Ray cluster runs on this machine, where {address!r} looks for one: start it, "
+                "or name its HOST:6379"
+            ) from error
         raise UserError(
             f"the Ray cluster at {address} does not let us in: is the token the cluster's? "
             "Put it into ~/.ray/auth_token and set RAY_AUTH_MODE=token"
@@ -149,8 +154,8 @@ def _join(address: str, num_cpus: int, verbose: bool) -> None:
     found = int(ray.cluster_resources().get("CPU", 0))
     if found < num_cpus:
         raise ClusterError(
-            f"the Ray cluster at {address} has {found} CPUs where {num_cpus} are needed, one for "
-            "each worker and one for the data; add nodes, or ask for fewer --workers"
+            f"the Ray cluster at {address} has {found} CPUs where {num_cpus} are needed: add nodes"
+            + (", or ask for fewer --workers" if num_cpus > 1 else "")
         )
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from pipelines.config import MODEL_NAME
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
@@ -43,7 +44,6 @@ ROWS_PER_BATCH = 64
 CHARS_PER_TOKEN = 8
 """So many characters of a text nearly always hold a token."""
 
-MODEL_NAME = re.compile(r"[\w.\- ]+")
 MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
 
 
