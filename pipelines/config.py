@@ -16,6 +16,9 @@ from pipelines.errors import DataError, nearest
 from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig
 
+MODEL_NAME = re.compile(r"[\w.\- ]+")
+"""Of a registered model, so that models:/NAME@ALIAS can be told apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -80,6 +83,8 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not re.fullmatch(r"[\w-][\w.-]*|", self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
+        if not MODEL_NAME.fullmatch(self.register):
+            raise ValueError(f"register {self.register!r}: use letters, digits, space and _ . -")
         if not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError(f"weights must be above 0, got {self.weights}")
         if self.weights and self.data and len(self.weights) != len(self.data):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from pipelines.config import MODEL_NAME
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
@@ -43,7 +44,6 @@ ROWS_PER_BATCH = 64
 CHARS_PER_TOKEN = 8
 """So many characters of a text nearly always hold a token."""
 
-MODEL_NAME = re.compile(r"[\w.\- ]+")
 MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
 
 
@@ -60,11 +60,16 @@ class Encoder:
     """A pretrained encoder, in evaluation mode; its parameters can be trained further."""
 
     config: dict[str, Any]
-    state: dict[str, Tensor]
     vocabulary: Vocabulary
     objective: Objective
     fresh: tuple[str, ...] = ()
     """Tensors that the model came without, such as heads: freshly drawn, not trained."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The weights that the model came with."""
+        state: dict[str, Tensor] = self.objective.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self.fresh}
 
     @property
     def max_tokens(self) -> int:
@@ -172,7 +177,7 @@ def _build(
     except RuntimeError as error:
         what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
         raise BundleError(f"model.safetensors does not fit config.json: {what:.200}") from error
-    return Encoder(config, state, vocabulary, objective.eval(), tuple(fresh))
+    return Encoder(config, vocabulary, objective.eval(), tuple(fresh))
 
 
 def pin(uri: str, tracking_uri: str) -> str:
