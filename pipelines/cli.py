@@ -30,6 +30,12 @@ VERBS: dict[str, Any] = {
     "verify": Verify,
 }
 
+GOES_ON = {
+    "pretrain": "; the same command goes on from the newest commit",
+    "embed": "; the same command goes on after the files that are there",
+}
+"""What is said to who has interrupted a verb."""
+
 HELP = """usage: rayssl VERB [flags] [--json]
 
   samples    fetch real sample text and write it as raw shards
@@ -71,10 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
         return error.exit_code
     except KeyboardInterrupt:
-        print(
-            "\nrayssl: interrupted; the same command goes on from the newest commit",
-            file=sys.stderr,
-        )
+        print(f"\nrayssl: interrupted{GOES_ON.get(given[0], '')}", file=sys.stderr)
         return INTERRUPTED
     if as_json:
         print(json.dumps(result))

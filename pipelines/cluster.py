@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # a hung worker; 600 by default
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # 30 by default, paid at every restart
 }
+_ADVICE = "\nFailed to apply UDF transform after"
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _HTTP2_SETTINGS = b"\4"
 
@@ -87,9 +88,13 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> l
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Return the error of ours inside one of Ray's, or the error itself."""
+    """Return the error of ours inside one of Ray's, or the error itself.
+
+    Ours comes without the advice that Ray Data puts below its message.
+    """
     for inside in causes(error):
         if isinstance(found := unwrap(inside), UserError):
+            found.args = (str(found).partition(_ADVICE)[0],)
             return found
     return error
 
@@ -135,6 +140,11 @@ def _join(address: str, num_cpus: int, verbose: bool) -> None:
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
     except (AuthenticationError, ConnectionError) as error:
+        if "any running Ray instance" in str(error):
+            raise ClusterError(
+                f"no Ray cluster runs on this machine, where {address!r} looks for one: start it, "
+                "or name its HOST:6379"
+            ) from error
         raise UserError(
             f"the Ray cluster at {address} does not let us in: is the token the cluster's? "
             "Put it into ~/.ray/auth_token and set RAY_AUTH_MODE=token"
@@ -144,8 +154,8 @@ def _join(address: str, num_cpus: int, verbose: bool) -> None:
     found = int(ray.cluster_resources().get("CPU", 0))
     if found < num_cpus:
         raise ClusterError(
-            f"the Ray cluster at {address} has {found} CPUs where {num_cpus} are needed, one for "
-            "each worker and one for the data; add nodes, or ask for fewer --workers"
+            f"the Ray cluster at {address} has {found} CPUs where {num_cpus} are needed: add nodes"
+            + (", or ask for fewer --workers" if num_cpus > 1 else "")
         )
 
 

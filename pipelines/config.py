@@ -21,6 +21,9 @@ from ssl_models.contrastive import ContrastiveConfig
 from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig
 
+MODEL_NAME = re.compile(r"[\w.\- ]+")
+"""Of a registered model, so that models:/NAME@ALIAS can be told apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -88,13 +91,9 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not re.fullmatch(r"[\w-][\w.-]*|", self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights must be above 0, got {self.weights}")
-        if self.weights and self.data and len(self.weights) != len(self.data):
-            raise ValueError(
-                f"{len(self.weights)} weights for {len(self.data)} patterns of --data; give one "
-                "for each"
-            )
+        if not MODEL_NAME.fullmatch(self.register):
+            raise ValueError(f"register {self.register!r}: use letters, digits, space and _ . -")
+        _check_weights(self)
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not 1 <= self.workers <= self.order.slots:
@@ -123,6 +122,16 @@ class RunConfig:
         if not isinstance(self.objective, MaskedLanguageConfig):
             raise UserError(f"recipe {self.recipe} is of {self.modality}: this is for text")
         return self.objective
+
+
+def _check_weights(config: RunConfig) -> None:
+    if not all(0 < weight < math.inf for weight in config.weights):
+        raise ValueError(f"weights must be above 0, got {config.weights}")
+    if config.weights and config.data and len(config.weights) != len(config.data):
+        raise ValueError(
+            f"{len(config.weights)} weights for {len(config.data)} patterns of --data; give one "
+            "for each"
+        )
 
 
 def _check_text(config: RunConfig, objective: MaskedLanguageConfig) -> None:

@@ -94,6 +94,7 @@ def text_base() -> RunConfig:
     )
     return RunConfig(
         recipe="text-base",
+        register="rayssl-text-base",
         steps=900_000,
         workers=8,
         checkpoint_every=2000,
@@ -132,6 +133,7 @@ def text_large() -> RunConfig:
     return replace(
         base,
         recipe="text-large",
+        register="rayssl-text-large",
         order=replace(base.order, slots=32),
         objective=replace(base.masked_language, encoder=sizes),
     )
@@ -183,6 +185,7 @@ def _on_long_rows(first: RunConfig) -> RunConfig:
         first,
         recipe=f"{first.recipe}-512",
         init_from=f"models:/{first.register}@candidate",
+        register=f"{first.register}-512",
         steps=first.steps // 9,
         text=replace(first.text, max_length=512),
         order=replace(first.order, steps_per_block=32),

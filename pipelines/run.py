@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from pipelines.data.vocabulary_training import train_on_corpus
 from pipelines.errors import DataError, UserError, nearest
 from pipelines.storage import held, sha256_of, write_json, write_text
 from pipelines.training.checkpoint import CommitLog
-from pipelines.training.start import commit_start, load_start
+from pipelines.training.start import commit_start, given_vocabulary, load_start
 
 FORMAT_VERSION = 1
 
@@ -101,7 +102,8 @@ def open_run(config: RunConfig, run_dir: Path) -> Run:
     """Return the run of this folder, made anew from the config where there is none.
 
     Raises:
-        UserError: If the run was started with another recipe or other data.
+        UserError: If the run was started with another recipe, vocabulary or other data.
+        DataError: If there are attempts of a run that has lost its record.
     """
     if not (run_dir / "run.json").exists():
         return _create(config, run_dir)
@@ -113,6 +115,12 @@ def open_run(config: RunConfig, run_dir: Path) -> Run:
         raise UserError(
             f"run {config.name!r} was started otherwise ({'; '.join(different)}): "
             "go on with what it was started with, or choose another --name"
+        )
+    given = given_vocabulary(settled, None)
+    if given and given.json != run.vocabulary.json:
+        raise UserError(
+            f"run {config.name!r} was started with another vocabulary than {config.vocabulary_file}"
+            ": leave --vocabulary-file out, or choose another --name"
         )
     if config.data:
         _refuse_other_data(run, find_shards(config.data, separate=bool(config.weights)))
@@ -203,12 +211,17 @@ def index_data(config: RunConfig) -> Manifest:
 
 def _create(config: RunConfig, run_dir: Path) -> Run:
     """Settle what the config leaves open and record the run; run.json is written last."""
+    if any((run_dir / "attempts").glob("*.json")):
+        raise DataError(f"{run_dir} has lost its run.json: restore it, or choose another --name")
+    for remains in ("commits", "checkpoints"):  # of a start that was killed before the record
+        shutil.rmtree(run_dir / remains, ignore_errors=True)
     start = load_start(config) if config.init_from else None
     manifest = index_data(config)
     vocabulary, tokenizer = None, ""
     if config.modality == "text":
         _refuse_single_document(config, manifest)
-        vocabulary = start.vocabulary if start else _find_vocabulary(config, manifest)
+        given = start.vocabulary if start else given_vocabulary(config, None)
+        vocabulary = given or train_on_corpus(manifest, config.vocabulary)
         config = with_vocab_size(config, start.vocab_size if start else vocabulary.size)
         write_text(run_dir / "tokenizer.json", vocabulary.json)
         tokenizer = sha256_of(run_dir / "tokenizer.json")
@@ -227,14 +240,6 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
     }
     write_json(run_dir / "run.json", record)
     return run
-
-
-def _find_vocabulary(config: RunConfig, manifest: Manifest) -> Vocabulary:
-    """Return the vocabulary that a config names, or else one trained on the documents."""
-    if config.vocabulary_file:
-        lowercase = config.vocabulary.lowercase
-        return load_vocabulary(Path(config.vocabulary_file), lowercase=lowercase)
-    return train_on_corpus(manifest, config.vocabulary)
 
 
 def _refuse_single_document(config: RunConfig, manifest: Manifest) -> None:

@@ -57,13 +57,8 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
     Raises:
         StorageError: If it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _aside(path) as aside:
         fill(aside)
-        _sync(aside)
-        aside.replace(path)
-        _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,21 +85,11 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     `fill` writes its files into the folder it is given.
 
     Raises:
-        StorageError: If it cannot be written; what there was of it is removed.
+        StorageError: If it cannot be written, or is there already.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            aside.mkdir(parents=True)
-            fill(aside)
-            for file in aside.iterdir():
-                _sync(file)
-            _sync(aside)
-            aside.rename(path)
-            _sync(path.parent)
-    except StorageError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with _aside(path) as aside:
+        aside.mkdir()
+        fill(aside)
 
 
 def sha256_of(path: Path) -> str:
@@ -132,6 +117,34 @@ def difference(folder: Path, recorded: dict[str, dict[str, Any]]) -> str:
         if sha256_of(file) != entry["sha256"]:
             return f"{name} is not what was written: its SHA-256 differs"
     return ""
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Give a name beside a path; what is made there takes its place, or is removed.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(aside)  # of a killed process: in containers they often have the same number
+        try:
+            yield aside
+            for made in (aside, *aside.rglob("*")):
+                _sync(made)
+            aside.replace(path)
+        finally:
+            _remove(aside)
+        _sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs of the `rayssl` command but for pretrain: their flags, and what they print.
+"""The verbs of the `rayssl` command that take no recipe: their flags, and what they print.
 
 A verb is a dataclass whose fields are its flags. `run` prints for people and returns what --json
 prints. What is heavy is imported in `run`, so that help and typos are answered at once.
@@ -7,9 +7,10 @@ prints. What is heavy is imported in `run`, so that help and typos are answered 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -21,6 +22,13 @@ from pipelines.tables import table
 if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
     from pipelines.use.evaluate import Evaluation
+
+Address = Annotated[
+    str,
+    tyro.conf.arg(
+        help="Address of a Ray cluster; a local Ray is started without one and without RAY_ADDRESS."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +68,7 @@ class Index:
     """Files, folders or quoted globs, local or as URIs such as s3://bucket/folder."""
     out: Path = Path("runs/.index/manifest.json")
     """Where the manifest is kept; used again as long as no shard changes."""
-    address: str = ""
-    """Address of a Ray cluster; a local one is started without."""
+    address: Address = ""
     source: SourceConfig = field(default_factory=SourceConfig)
 
     def run(self) -> dict[str, Any]:
@@ -94,22 +101,16 @@ class Vocab:
     data: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders or quoted globs."""
     out: Path = Path("tokenizer.json")
-    address: str = ""
-    """Address of a Ray cluster; a local one is started without."""
+    address: Address = ""
     source: SourceConfig = field(default_factory=SourceConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     def run(self) -> dict[str, Any]:
         """Train and write a vocabulary."""
-        from pipelines.cluster import cluster
-        from pipelines.data.gate import check
         from pipelines.data.vocabulary_training import train_on_corpus
-        from pipelines.run import index
         from pipelines.storage import write_text
 
-        with cluster(self.address, 1, verbose=False):
-            manifest = index(self.data, self.source, Path("runs/.index/manifest.json"))
-            check(manifest)
+        with _indexed(self, self.source, Path("runs/.index/manifest.json")) as manifest:
             vocabulary = train_on_corpus(manifest, self.vocabulary)
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
@@ -132,15 +133,11 @@ class Embed:
     """Processes that hold the encoder, one CPU each; the files do not depend on it."""
     tracking_uri: str = "sqlite:///mlflow.db"
     """Where the model is registered."""
-    address: str = ""
-    """Address of a Ray cluster; a local one is started without."""
+    address: Address = ""
     source: SourceConfig = field(default_factory=SourceConfig)
 
     def run(self) -> dict[str, Any]:
         """Print the ledger and how fast it went. Long documents are cut to the encoder's rows."""
-        from pipelines.cluster import cluster
-        from pipelines.data.gate import check
-        from pipelines.run import index
         from pipelines.use.bundle import manifest_sha256
         from pipelines.use.embed import EmbedJob, embed
         from pipelines.use.registry import load_encoder, pin, resolve
@@ -149,10 +146,8 @@ class Embed:
         bundle = resolve(model, self.tracking_uri)
         encoder = load_encoder(str(bundle))
         _ = encoder.vocabulary  # refused before anything is read, if it is not of text
-        everything = dataclasses.replace(self.source, heldout_ratio=0.0)
-        with cluster(self.address, self.workers, verbose=False):
-            manifest = index(self.data, everything, self.out / ".manifest.json")
-            check(manifest)
+        cache = self.out / ".manifest.json"
+        with _indexed(self, _all_of(self.source), cache, self.workers) as manifest:
             job = EmbedJob(
                 encoder=encoder,
                 model=model,
@@ -189,8 +184,7 @@ class Evaluate:
     """Folder of all runs."""
     tracking_uri: str = "sqlite:///mlflow.db"
     """Where the model is registered."""
-    address: str = ""
-    """Address of a Ray cluster; for other data than a run's own a local one is started without."""
+    address: Address = ""
     source: SourceConfig = field(default_factory=SourceConfig)
     """How --data is read."""
 
@@ -207,7 +201,7 @@ class Evaluate:
         if not self.data:
             raise UserError(f"{self.name} holds no documents: name some with --data")
         encoder = load_encoder(self.name, self.tracking_uri)
-        with self._indexed() as manifest:
+        with self._held_out() as manifest:
             return evaluate_encoder(encoder, manifest)
 
     def _of_run(self) -> "Evaluation":
@@ -219,20 +213,11 @@ class Evaluate:
         objective = load_objective(run)
         if not self.data:
             return evaluate(objective, run)
-        with self._indexed() as manifest:
+        with self._held_out() as manifest:
             return evaluate(objective, run, manifest)
 
-    @contextlib.contextmanager
-    def _indexed(self) -> "Iterator[Manifest]":
-        from pipelines.cluster import cluster
-        from pipelines.data.gate import check
-        from pipelines.run import index
-
-        everything = dataclasses.replace(self.source, heldout_ratio=0.0)
-        with cluster(self.address, 1, verbose=False):
-            manifest = index(self.data, everything, self.runs / ".index" / "evaluate.json")
-            check(manifest)
-            yield manifest
+    def _held_out(self) -> "AbstractContextManager[Manifest]":
+        return _indexed(self, _all_of(self.source), self.runs / ".index" / "evaluate.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +297,29 @@ class Verify:
 def is_model(name: str) -> bool:
     """Return whether a name is a URI or a folder with a model; names of runs have no slash."""
     return "/" in name or (Path(name) / "model.safetensors").is_file()
+
+
+@contextlib.contextmanager
+def _indexed(
+    verb: Vocab | Embed | Evaluate, source: SourceConfig, cache: Path, num_cpus: int = 1
+) -> "Iterator[Manifest]":
+    """Index the data of a verb; Ray is there for what is to be done with it.
+
+    Raises:
+        DataError: If so much is broken that it may not be used.
+    """
+    from pipelines.cluster import cluster
+    from pipelines.data.gate import check
+    from pipelines.run import index
+
+    with cluster(verb.address, num_cpus, verbose=False):
+        manifest = index(verb.data, source, cache)
+        check(manifest)
+        yield manifest
+
+
+def _all_of(source: SourceConfig) -> SourceConfig:
+    return dataclasses.replace(source, heldout_ratio=0.0)
 
 
 def print_ledger(manifest: "Manifest", training: str = "training") -> None:

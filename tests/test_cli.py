@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 65 data that cannot be trusted, 130 inter
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -394,6 +395,18 @@ def test_a_run_without_commits_cannot_be_verified(
     shutil.rmtree(run_dir / "commits")
     assert run_main("verify", "whales", "--runs", str(run_dir.parent)) == 2
     assert "has no commit yet" in only_line(capfd)
+
+
+def test_ctrl_c_promises_nothing_that_a_verb_does_not_keep(tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    os.mkfifo(tmp_path / "encoder" / "config.json")
+    with (
+        command(tmp_path, "fill-mask", "encoder", "a [MASK]") as waiting,
+        (tmp_path / "encoder" / "config.json").open("w"),  # once the command has opened it, too
+    ):
+        waiting.kill(signal.SIGINT)
+        assert waiting.wait() == 130
+    assert [line for line in waiting.err if line] == ["rayssl: interrupted"]
 
 
 def test_ctrl_c_ends_all_that_was_started_and_says_how_to_go_on(

@@ -59,6 +59,20 @@ def test_what_listens_there_has_to_be_a_ray_head() -> None:
             connection.close()
 
 
+def test_where_no_cluster_runs_none_is_joined(tmp_path: Path) -> None:
+    """In a process of its own, which is kept from seeing a Ray of the other tests."""
+    code = (
+        "import functools, ray; from pipelines.cli import main; "
+        "ray._private.services.find_gcs_addresses = functools.cache(set); "
+        "exit(main(['index', 'a']))"
+    )
+    alone = {"RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "auto", "PYTHONPATH": str(ROOT)}
+    with process(tmp_path, sys.executable, "-c", code, **alone) as refused:
+        assert refused.wait() == 75
+        (line,) = refused.err
+    assert line.startswith("rayssl: no Ray cluster runs on this machine, where 'auto' looks")
+
+
 # Two nodes on this machine
 
 

@@ -141,6 +141,8 @@ def test_a_wrong_type_is_refused_by_name(key: str, value: object) -> None:
         ("seed", -1, "seed must be at least 0, got -1"),
         ("name", "a/../../b", r"name 'a/\.\./\.\./b': use letters"),
         ("name", ".index", r"name '\.index': use letters"),
+        ("register", "a/b", r"register 'a/b': use letters"),
+        ("register", "", r"register '': use letters"),
         ("workers", 0, r"workers must be in 1\.\.4, the slots of this recipe, got 0"),
         ("workers", 5, r"got 5; more workers need more --order\.slots"),
         ("weights", [1.0, 0.0], r"weights must be above 0, got \(1\.0, 0\.0\)"),

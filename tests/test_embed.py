@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from pipelines.data.indexing import build
 from pipelines.data.manifest import Manifest
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError, StorageError, UserError
 from pipelines.recipes import recipe
 from pipelines.use.bundle import manifest_sha256, write_bundle
 from pipelines.use.embed import EmbedJob, embed, write_unit
@@ -283,6 +285,48 @@ def test_a_document_without_an_id_is_named(
         assert len(said.splitlines()) == 1
     with pytest.raises(DataError, match=r"record 1 of a\.jsonl has no"):
         write_unit(make_job(bundle, data, tmp_path / "out", "id"), 0)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_shard_that_changed_is_told_in_one_line(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It changes between its index and its use."""
+    data, out = write_records(tmp_path / "data", {"text": "a"}), tmp_path / "out"
+    shard, nothing_held_out = data / "a.jsonl", ["--source.heldout-ratio", "0"]
+    assert main(["index", str(data), "--out", str(out / ".manifest.json"), *nothing_held_out]) == 0
+    stamp = shard.stat().st_mtime_ns
+    shard.write_text('{"text": "b"}\n')
+    os.utime(shard, ns=(stamp, stamp))
+    capfd.readouterr()
+    assert main(["embed", str(bundle), str(data), "--out", str(out)]) == 65
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("rayssl: ")
+    assert "a.jsonl: bytes 0 to 14 changed since" in line
+
+
+class Elsewhere(EmbedJob):
+    """A job whose files are to lie below a file."""
+
+    def path(self, unit: int) -> Path:
+        """Return where there can be no file."""
+        return self.out / ".lock" / super().path(unit).name
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_file_that_cannot_be_written_is_told_in_one_line(
+    bundle: Path, corpus: Path, tmp_path: Path
+) -> None:
+    job = make_job(bundle, corpus, tmp_path / "out")
+    with pytest.raises(StorageError, match=r"cannot write .*\.parquet: .*goes on") as refused:
+        embed(Elsewhere(**{f.name: getattr(job, f.name) for f in dataclasses.fields(job)}), 1)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_weights_travel_once(bundle: Path, corpus: Path, tmp_path: Path) -> None:
+    num_bytes = (bundle / "model.safetensors").stat().st_size
+    encoder = pickle.dumps(make_job(bundle, corpus, tmp_path).encoder)
+    assert num_bytes < len(encoder) < 1.5 * num_bytes
 
 
 def test_small_shards_share_a_file(bundle: Path, tmp_path: Path) -> None:

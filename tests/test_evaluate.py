@@ -91,14 +91,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     """Return the bundle of an untrained encoder."""
     torch.manual_seed(0)
     record = to_record(run.config)
-    return write_bundle(
-        tmp_path_factory.mktemp("encoder") / "bundle",
+    folder = tmp_path_factory.mktemp("encoder") / "bundle"
+    write_bundle(
+        folder,
         config={name: record[name] for name in ("objective", "text")},
         state=build_objective(run.config.objective).state_dict(),
         tokenizer_json=run.vocabulary.json,
         lineage={},
         card="",
-    ).directory
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")

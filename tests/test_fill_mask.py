@@ -41,7 +41,7 @@ def encoder(vocabulary: Vocabulary) -> Encoder:
         )
     )
     record: dict[str, Any] = {"objective": dataclasses.asdict(config)}
-    return Encoder(record, {}, vocabulary, Echo(config).eval())
+    return Encoder(record, vocabulary, Echo(config).eval())
 
 
 def test_each_mask_is_guessed_from_its_own_place(encoder: Encoder, vocabulary: Vocabulary) -> None:

@@ -208,7 +208,7 @@ def test_a_cased_vocabulary_keeps_its_case(tmp_path: Path, foreign: Path) -> Non
     config = VocabularyConfig(size=300, lowercase=False, min_frequency=1)
     cased = train_vocabulary(TEXTS, config)
     encoder = load_encoder(str(foreign))
-    export(Encoder(encoder.config, encoder.state, cased, encoder.objective), tmp_path / "cased")
+    export(Encoder(encoder.config, cased, encoder.objective), tmp_path / "cased")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cased")
     assert tokenizer.convert_ids_to_tokens(tokenizer("The")["input_ids"])[1].startswith("T")
     for text, ids in zip(TEXTS, cased.encode(TEXTS), strict=True):
@@ -407,5 +407,5 @@ def test_a_vocabulary_that_bert_tokenizer_would_read_otherwise_is_not_exported(
     other = Vocabulary(json.dumps(record))
     encoder = load_encoder(str(foreign))
     with pytest.raises(UserError, match="BertTokenizer would split text otherwise"):
-        export(Encoder(encoder.config, encoder.state, other, encoder.objective), tmp_path / "x")
+        export(Encoder(encoder.config, other, encoder.objective), tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -15,12 +15,14 @@ from pipelines.data.batches import RowSource
 from pipelines.data.manifest import Document, Manifest, content_hash
 from pipelines.data.plan import Plan
 from pipelines.data.text import TextRows
-from pipelines.data.vocabulary import Vocabulary
+from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
+from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import recipe
 from pipelines.use import quirks
 from pipelines.use.drawing import DrawnRow, draw
 from pipelines.use.quirks import Sample, describe_corpus, describe_pairs, take_sample
 from tests.corpus import build_manifest, make_documents, write_corpus
+from tests.test_embed import make_bundle
 
 NOTHING_HELD_OUT = ("--source.heldout-ratio", "0")
 
@@ -225,6 +227,27 @@ def test_the_command_shows_rows_and_report_with_and_without_colour(
     assert f"all {documents} training documents ({120 - documents} heldout)" in shown
     counts = [f"{pairs['rows']:,}" for pairs in report["pairings"].values()]
     assert [*map(str.split, shown)].count(["rows", *counts]) == 1
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_figures_are_those_of_the_vocabulary_that_the_run_starts_with(
+    corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = make_bundle(
+        tmp_path / "source", train_vocabulary(["a tide"] * 9, VocabularyConfig(size=300)), seed=0
+    )
+    order = ["preview", "text-tiny", "--data", str(corpus_dir), "--json"]
+    reports = []
+    for flags in (["--init-from", str(source)], ["--vocabulary-file", f"{source}/tokenizer.json"]):
+        assert main([*order, *flags]) == 0
+        *shown, last = capsys.readouterr().out.splitlines()
+        assert any(line.endswith(f" pieces of {flags[1]}") for line in shown)
+        reports.append(json.loads(last))
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def test_both_phases_together_are_the_steps_and_the_schedule_of_bert(name: str) 
     assert (first.text.max_length, second.text.max_length) == (128, 512)
     assert first.objective == second.objective
     assert first.order.rows_per_step == second.order.rows_per_step == 256
+    assert first.register == f"rayssl-{name}"
     assert second.init_from == f"models:/{first.register}@candidate"
+    assert second.register == f"rayssl-{name}-512"
 
     def rate(step: int) -> float:
         if step < first.steps:

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 
 from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
 from pipelines.data.vocabulary_training import train_vocabulary
+from pipelines.errors import StorageError
 from pipelines.training.mlflow_client import open_client
-from pipelines.use.bundle import Bundle, BundleError, manifest_sha256, verify_bundle, write_bundle
+from pipelines.use.bundle import BundleError, manifest_sha256, verify_bundle, write_bundle
 from pipelines.use.registry import Registered, load_encoder, register, resolve
 from ssl_models import ObjectiveConfig, build_objective
 from ssl_models.bert import BertConfig
@@ -44,8 +45,8 @@ class Store(NamedTuple):
 
 def bundle_of(
     directory: Path, objective: Objective, config: ObjectiveConfig, tokenizer: str
-) -> Bundle:
-    return write_bundle(
+) -> None:
+    write_bundle(
         directory,
         config={"objective": TypeAdapter(ObjectiveConfig).dump_python(config, mode="json")},
         state=objective.state_dict(),
@@ -123,7 +124,7 @@ def test_a_bundle_comes_back(made: Made) -> None:
 
 def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
     weight = torch.arange(6.0).reshape(2, 3)
-    bundle = write_bundle(
+    write_bundle(
         tmp_path / "bundle",
         config={},
         state={"a": weight, "b": weight, "c": weight.T},
@@ -131,15 +132,16 @@ def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
         lineage={},
         card="",
     )
-    assert verify_bundle(bundle.directory)["model.safetensors"]["bytes"] > 3 * 24
+    assert verify_bundle(tmp_path / "bundle")["model.safetensors"]["bytes"] > 3 * 24
 
 
-def test_writing_again_replaces_the_bundle_and_leaves_nothing_else(copy: Path) -> None:
+def test_a_bundle_is_not_overwritten(copy: Path) -> None:
     before = manifest_sha256(copy)
-    bundle = write_bundle(copy, config={}, state={}, tokenizer_json="{}", lineage={}, card="new")
+    with pytest.raises(StorageError, match=r"cannot write .*/bundle: Directory not empty"):
+        write_bundle(copy, config={}, state={}, tokenizer_json="{}", lineage={}, card="new")
 
     verify_bundle(copy)
-    assert bundle.manifest_sha256 == manifest_sha256(copy) != before
+    assert manifest_sha256(copy) == before
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
 
 
@@ -214,6 +216,7 @@ def rewritten(copy: Path, made: Made, **changes: Any) -> str:
     """Return a bundle that verifies, but whose config was changed by its writer."""
     config = json.loads((made.directory / "config.json").read_text()) | changes
     state = made.objective.state_dict()
+    shutil.rmtree(copy)
     write_bundle(
         copy, config=config, state=state, tokenizer_json=made.vocabulary.json, lineage={}, card=""
     )

@@ -9,6 +9,7 @@ from pipelines import run as runs
 from pipelines.cli import main
 from pipelines.config import RunConfig
 from pipelines.data.text_config import Pairing
+from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
 from pipelines.recipes import text_tiny
 from pipelines.run import open_run
@@ -58,6 +59,19 @@ def test_a_resumed_run_keeps_its_sources_and_their_weights(config: RunConfig) ->
         )
     gates = replace(config.source, max_quarantined_ratio=0.5, cut_shards="quarantine")
     assert open_run(replace(config, source=gates), run_dir(config)).key == first.key
+
+
+def test_a_resumed_run_keeps_its_vocabulary(
+    config: RunConfig, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    first = open_run(config, run_dir(config))
+    same, other = tmp_path / "same.json", tmp_path / "other.json"
+    same.write_text(first.vocabulary.json)
+    other.write_text(vocabulary.json)
+    again = open_run(replace(config, vocabulary_file=str(same)), run_dir(config))
+    assert again.key == first.key
+    with pytest.raises(UserError, match=r"another vocabulary than .*other\.json: leave"):
+        open_run(replace(config, vocabulary_file=str(other)), run_dir(config))
 
 
 def test_a_source_with_nothing_to_train_on_has_no_weight(config: RunConfig, tmp_path: Path) -> None:

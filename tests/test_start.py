@@ -15,15 +15,19 @@ from torch import nn
 from transformers import BertConfig as PeerConfig
 from transformers import BertModel
 
+from pipelines import run as runs
 from pipelines.config import RunConfig, to_record, with_vocab_size
-from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
+from pipelines.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 from pipelines.data.vocabulary_training import train_vocabulary
-from pipelines.errors import UserError
+from pipelines.errors import DataError, UserError
 from pipelines.recipes import recipe
+from pipelines.run import open_run
 from pipelines.training.checkpoint import START_DIGEST, CommitLog
 from pipelines.training.loop import build_learner, resume, train_step
 from pipelines.training.start import Start, commit_start, draw, load_start
 from pipelines.use.bundle import BundleError, write_bundle
+from pipelines.use.registry import load_encoder
+from tests.corpus import serial_map
 from tests.test_train_step import slots
 
 CPU = torch.device("cpu")
@@ -47,13 +51,20 @@ def start(config: RunConfig) -> tuple[Start, str]:
 
 @pytest.fixture(scope="module")
 def bundle(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the bundle of a tiny run, whose weights are not those of a fresh draw."""
+    """Return the bundle of a tiny run."""
+    folder = make_bundle(
+        tmp_path_factory.mktemp("source") / "runs" / "first" / "bundle", vocabulary
+    )
+    (folder.parent / "run.json").write_text("{}")
+    return folder
+
+
+def make_bundle(folder: Path, vocabulary: Vocabulary) -> Path:
+    """Write a bundle whose weights are not those of a fresh draw."""
     config = with_vocab_size(recipe("text-tiny"), vocabulary.size)
     objective = draw(config)
     for parameter in objective.parameters():
         nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("source") / "runs" / "first" / "bundle"
-    folder.parent.mkdir(parents=True)
     record = to_record(config)
     write_bundle(
         folder,
@@ -63,7 +74,6 @@ def bundle(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> 
         lineage={},
         card="",
     )
-    (folder.parent / "run.json").write_text("{}")
     return folder
 
 
@@ -151,6 +161,46 @@ def test_another_vocabulary_is_refused_and_the_same_one_is_not(
         load_start(replace(tiny(bundle), vocabulary_file=str(other)))
 
 
+def test_a_cased_vocab_txt_is_read_as_the_run_reads_it(
+    vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    path = tmp_path / "vocab.txt"
+    ids = vocabulary.tokenizer.get_vocab()
+    path.write_text("\n".join(sorted(ids, key=ids.__getitem__)))
+    cased = load_vocabulary(path, lowercase=False)
+    source = make_bundle(tmp_path / "cased", cased)
+    config = replace(tiny(source), vocabulary_file=str(path))
+    with pytest.raises(UserError, match=r"vocab\.txt is not the vocabulary of"):
+        load_start(config)
+    reading = replace(config, vocabulary=replace(config.vocabulary, lowercase=False))
+    assert start(reading)[0].vocabulary.json == cased.json
+
+
+def test_a_start_that_was_killed_before_its_record_leaves_no_weights(
+    bundle: Path, headless: Path, corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "parallel_map", serial_map)
+    config = replace(tiny(bundle), data=(str(corpus_dir),), name="run", runs=str(tmp_path))
+    folder = tmp_path / "run"
+    open_run(config, folder)
+    (folder / "run.json").unlink()
+
+    run = open_run(replace(config, init_from=str(headless)), folder)
+    commit = run.log.newest()
+    assert commit is not None
+    assert run.started_from == str(headless)
+    weights, _ = run.log.load(commit)
+    name = "encoder.pooler.weight"
+    assert torch.equal(weights[name], load_encoder(str(headless)).state[name])
+    (folder / "run.json").unlink()
+    assert open_run(replace(config, init_from=""), folder).log.newest_whole() == (None, ())
+
+    run.log.begin_attempt(1)
+    (folder / "run.json").unlink()
+    with pytest.raises(DataError, match=r"run has lost its run\.json: restore it"):
+        open_run(config, folder)
+
+
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no bundle at"):
         load_start(tiny(tmp_path / "nowhere"))
@@ -174,7 +224,6 @@ def test_given_weights_are_the_commit_of_step_0_and_training_goes_on_from_it(
     for batch in batches.values():
         for name in ("input_ids", "masked_ids"):
             batch[name] = np.minimum(batch[name], size - 1)
-    (tmp_path / "checkpoints" / "step-000000000-000000").mkdir(parents=True)  # a killed start
     commit_start(log, weights)
 
     attempt = log.begin_attempt(1)

@@ -1,6 +1,7 @@
 """Files are whole or not there, and what changed since is named."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
@@ -86,7 +88,47 @@ def test_a_folder_that_cannot_be_filled_does_not_appear(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "made", half)
-    assert not (tmp_path / "made").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path: Path) -> None:
+    aside = tmp_path / f".made.{os.getpid()}.tmp"
+    aside.mkdir()
+    (aside / "old").touch()
+    write_folder(tmp_path / "made", fill)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
+        "a.bin",
+        "b.json",
+        "empty",
+    ]
+    (tmp_path / f".a.json.{os.getpid()}.tmp").mkdir()
+    write_json(tmp_path / "a.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "made"}
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink())
+    )
+
+    def nested(aside: Path) -> None:
+        (aside / "sub").mkdir()
+        fill(aside / "sub")
+
+    write_folder(tmp_path / "made", nested)
+    *made, last = synced
+    aside = tmp_path / f".made.{os.getpid()}.tmp"
+    assert {path.relative_to(aside).as_posix() for path in made} == {
+        ".",
+        "sub",
+        "sub/a.bin",
+        "sub/b.json",
+        "sub/empty",
+    }
+    assert last == tmp_path
 
 
 def test_a_folder_that_is_there_is_not_overwritten(folder: Path) -> None:

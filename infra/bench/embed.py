@@ -86,7 +86,7 @@ def make_job(data: list[str], folder: Path) -> EmbedJob:
     objective = replace(config.masked_language, encoder=sized)
     return EmbedJob(
         encoder=Encoder(
-            {"objective": asdict(objective)}, {}, vocabulary, build_objective(objective).eval()
+            {"objective": asdict(objective)}, vocabulary, build_objective(objective).eval()
         ),
         model="text-mini, not trained",
         bundle_sha256="",

@@ -23,7 +23,6 @@ from pipelines.data.manifest import Manifest
 from pipelines.data.vocabulary import CONTROL_TOKENS, Vocabulary, VocabularyConfig, bert_tokenizer
 from pipelines.data.word_counts import SCHEMA, count_words, most_frequent
 from pipelines.data.wordpiece_training import learn_pieces
-from pipelines.errors import UserError
 
 BYTES_PER_TASK = 32 << 20
 """Text that a task counts at least: a corpus of one task is counted here, without Ray Data."""
@@ -95,10 +94,7 @@ def _count_in_parallel(manifest: Manifest, tasks: list[list[int]], lowercase: bo
         for part in batches:
             best = most_frequent(pa.concat_tables([best, part.cast(SCHEMA)]))
     except Exception as error:
-        found = unwrap(error)
-        if isinstance(found, UserError):  # one line is ours, and below it Ray gives advice
-            found.args = (str(found).partition("\n")[0],)
-        raise found from error
+        raise unwrap(error) from error
     return best
 
 

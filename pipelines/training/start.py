@@ -4,7 +4,6 @@ Weights that were given become the commit of step 0. From then on every rank and
 finds them as it finds any commit, and nothing asks again where they came from.
 """
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from pipelines.data.randomness import key
 from pipelines.data.vocabulary import Vocabulary, load_vocabulary
 from pipelines.errors import UserError
 from pipelines.training.checkpoint import Commit, CommitLog
+from pipelines.use.encoder import Encoder
 from pipelines.use.registry import load_encoder, pin
 from ssl_models import build_objective
 from ssl_models.objective import Objective
@@ -45,6 +45,24 @@ def draw(config: RunConfig) -> Objective:
     return build_objective(config.objective)
 
 
+def given_vocabulary(config: RunConfig, source: Encoder | None) -> Vocabulary | None:
+    """Return the vocabulary of the encoder that a run starts from, else of its file, else None.
+
+    Raises:
+        UserError: If there is no such file, or it is another vocabulary than the encoder's.
+        DataError: If the file is no vocabulary.
+    """
+    path = config.vocabulary_file
+    given = load_vocabulary(Path(path), lowercase=config.vocabulary.lowercase) if path else None
+    if source is None:
+        return given
+    if given and given.json != source.vocabulary.json:
+        raise UserError(
+            f"{path} is not the vocabulary of {config.init_from}: leave --vocabulary-file out"
+        )
+    return source.vocabulary
+
+
 def load_start(config: RunConfig) -> Start:
     """Return what a run that is to be `init_from` an encoder starts with.
 
@@ -58,9 +76,7 @@ def load_start(config: RunConfig) -> Start:
     """
     uri = pin(config.init_from, config.tracking_uri)
     source = load_encoder(uri, config.tracking_uri)
-    given = config.vocabulary_file
-    if given and load_vocabulary(Path(given)).json != source.vocabulary.json:
-        raise UserError(f"{given} is not the vocabulary of {uri}: leave --vocabulary-file out")
+    given_vocabulary(config, source)
     there = source.config["objective"]["encoder"]
     settled = with_vocab_size(config, there["vocab_size"])
     for name, here in asdict(settled.objective.encoder).items():
@@ -70,14 +86,15 @@ def load_start(config: RunConfig) -> Start:
                 f"--objective.encoder.{name.replace('_', '-')} {there.get(name)}"
             )
     weights: dict[str, Tensor] = draw(settled).state_dict()
-    drawn = [name for name in weights if name not in source.state]
-    for name in [name for name in weights if name in source.state]:
-        if weights[name].shape != source.state[name].shape:
+    given = source.state
+    drawn = [name for name in weights if name not in given]
+    for name in [name for name in weights if name in given]:
+        if weights[name].shape != given[name].shape:
             raise UserError(
-                f"{name} of {uri} has the shape {tuple(source.state[name].shape)}, of this run "
+                f"{name} of {uri} has the shape {tuple(given[name].shape)}, of this run "
                 f"{tuple(weights[name].shape)}: start from a model of the same objective"
             )
-        weights[name] = source.state[name]
+        weights[name] = given[name]
     say(f"starts from {uri}" + (f"; drawn anew: {', '.join(drawn)}" if drawn else ""))
     return Start(uri, weights, source.vocabulary, there["vocab_size"])
 
@@ -94,5 +111,4 @@ def commit_start(log: CommitLog, weights: dict[str, Tensor]) -> Commit:
         workers=0,
         manifest_sha256="",
     )
-    shutil.rmtree(log.checkpoint_dir(start), ignore_errors=True)  # of a process that was killed
     return log.save(start, weights, {})

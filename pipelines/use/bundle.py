@@ -10,10 +10,7 @@ MODEL_CARD.md       the same for people
 manifest.json       {name: {bytes, sha256}} of the files above, written last
 """
 
-import hashlib
 import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.errors import DataError
+from pipelines.storage import inventory, sha256_of, write_folder
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -32,14 +30,6 @@ class BundleError(DataError):
     """A bundle that is not there, or cannot be trusted."""
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """A bundle that was just written."""
-
-    directory: Path
-    manifest_sha256: str
-
-
 def write_bundle(
     directory: Path,
     *,
@@ -48,14 +38,14 @@ def write_bundle(
     tokenizer_json: str | None,
     lineage: dict[str, Any],
     card: str,
-) -> Bundle:
-    """Write a bundle; the directory appears complete, in place of an earlier one."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+) -> None:
+    """Write a bundle; the directory, of which there is none yet, appears complete.
+
+    Raises:
+        StorageError: If it cannot be written, or is there already.
+    """
     # Clones, because safetensors refuses tensors that share memory, such as tied weights.
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(weights, partial / "model.safetensors")
     texts = {
         "config.json": _to_json({"format_version": FORMAT_VERSION, **config}),
         "lineage.json": _to_json(lineage),
@@ -63,12 +53,14 @@ def write_bundle(
     }
     if tokenizer_json is not None:
         texts["tokenizer.json"] = tokenizer_json
-    for name, text in texts.items():
-        (partial / name).write_text(text)
-    manifest = {path.name: _describe(path) for path in partial.iterdir()}
-    (partial / MANIFEST_NAME).write_text(_to_json(manifest))
-    _replace(directory, partial)
-    return Bundle(directory, manifest_sha256(directory))
+
+    def fill(aside: Path) -> None:
+        save_file(weights, aside / "model.safetensors")
+        for name, text in texts.items():
+            (aside / name).write_text(text)
+        (aside / MANIFEST_NAME).write_text(_to_json(inventory(aside)))
+
+    write_folder(directory, fill)
 
 
 def verify_bundle(directory: Path) -> dict[str, Any]:
@@ -83,11 +75,12 @@ def verify_bundle(directory: Path) -> dict[str, Any]:
         raise BundleError(f"{name} in {directory} is not in its manifest.json: remove it")
     for name in sorted({*manifest, *REQUIRED_NAMES} - present):
         raise BundleError(f"{name} is missing in {directory}: {ADVICE}")
-    for name, expected in manifest.items():
-        path = directory / name
+    for path in (directory / name for name in manifest):
         if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{name} in {directory} is not a plain file: {ADVICE}")
-        for key, value in _describe(path).items():
+            raise BundleError(f"{path.name} in {directory} is not a plain file: {ADVICE}")
+    found = inventory(directory)
+    for name, expected in manifest.items():
+        for key, value in found[name].items():
             if expected.get(key) != value:
                 what = {"bytes": "size", "sha256": "SHA-256"}[key]
                 raise BundleError(f"{name} is not what was registered: {what} differs; {ADVICE}")
@@ -96,7 +89,7 @@ def verify_bundle(directory: Path) -> dict[str, Any]:
 
 def manifest_sha256(directory: Path) -> str:
     """Return the SHA-256 of manifest.json, which stands for the whole bundle."""
-    return hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
+    return sha256_of(directory / MANIFEST_NAME)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -118,23 +111,5 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
 def _to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _replace(directory: Path, partial: Path) -> None:
-    """Put `partial` in place of `directory`; a rename cannot replace a directory in one step."""
-    if directory.exists():
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-        partial.rename(directory)
-        shutil.rmtree(old)
-    else:
-        partial.rename(directory)

@@ -9,11 +9,12 @@ workers made them, or how often they died.
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +22,10 @@ import ray
 import ray.data
 import torch
 
+from pipelines.cluster import unwrap
 from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
 from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
-from pipelines.data.filesystems import join
+from pipelines.data.filesystems import READ_ERRORS, join, reason
 from pipelines.data.manifest import Document, Manifest
 from pipelines.data.parquet import ids_from
 from pipelines.data.records import Form
@@ -35,9 +37,6 @@ from pipelines.use.encoder import Encoder
 PREFIX = "rayssl."
 """Of the keys in the schema of a file."""
 NAMES = pa.schema({"id": pa.string(), "shard": pa.string(), "record": pa.int64()})
-
-MADE = pa.schema({"rows": pa.int64(), "error": pa.string(), "is_outage": pa.bool_()})
-"""What a worker tells of a unit: its rows, or what is wrong."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -120,7 +119,7 @@ def embed(job: EmbedJob, workers: int) -> EmbedReport:
         UserError: If the folder is in use, or holds embeddings of another model or corpus, or if
             the cluster has not a CPU for each worker.
         DataError: If a shard has changed since it was indexed, or a document has no id.
-        OutageError: If the store of a shard fails.
+        StorageError: If a file cannot be written, or the store of a shard fails.
     """
     if workers > (cpus := int(ray.cluster_resources().get("CPU", 0))) or workers < 1:
         raise UserError(f"workers must be in 1..{cpus}, the CPUs of the cluster, got {workers}")
@@ -196,8 +195,11 @@ def _field_values(manifest: Manifest, number: int, field: str) -> Iterator[str |
         found = ids_from(name, field, block.offset)
     else:
         found = records_from(name, manifest.source, block.offset, lambda _: None)
-    for record in islice(found, block.records):
-        yield _field_value(record.data or b"", shard.form, field)
+    try:
+        for record in islice(found, block.records):
+            yield _field_value(record.data or b"", shard.form, field)
+    except READ_ERRORS as error:
+        raise OutageError(f"{name}: cannot read {field!r} ({reason(error)}); try again") from error
 
 
 def _field_value(record: bytes, form: Form, field: str) -> str | None:
@@ -251,34 +253,31 @@ def _run(job: EmbedJob, pending: Sequence[int], workers: int) -> None:
         fn_kwargs={"job_ref": ray.put(job)},
         compute=ray.data.TaskPoolStrategy(size=min(workers, len(tasks))),
     )
+    try:
+        _show(counts.iter_batches(batch_size=None, batch_format="numpy"), len(pending))
+    except Exception as error:
+        raise unwrap(error) from error
+
+
+def _show(counts: Iterable[Any], num_files: int) -> None:
+    """Say how it goes on, as files are finished."""
     rows = files = 0
     printed = started = time.perf_counter()
-    for made in counts.iter_batches(batch_size=None, batch_format="numpy"):
-        for error, is_outage in zip(made["error"].tolist(), made["is_outage"], strict=True):
-            if error:
-                raise (OutageError if is_outage else DataError)(error)
+    for made in counts:
         rows += int(made["rows"].sum())
         files += len(made["rows"])
         now = time.perf_counter()
         if now - printed > PLAIN_LINES_EVERY_SECONDS:
             printed = now
             rate = rows / (now - started)
-            say(f"file {files}/{len(pending)}  {rows} documents  {rate:.0f} documents/s")
+            say(f"file {files}/{num_files}  {rows} documents  {rate:.0f} documents/s")
 
 
 def _write_units(units: pa.Table, job_ref: "ray.ObjectRef[EmbedJob]") -> pa.Table:
-    """Return how many rows each unit has, or what is wrong with its data.
-
-    An error goes home as a value: Ray Data's own wrapper around it loses what it was.
-    """
+    """Return how many rows each unit has."""
     job = _fetch(job_ref)
-    made = []
-    for unit in units["number"].to_pylist():
-        try:
-            made.append((write_unit(job, unit), "", False))
-        except (DataError, OutageError) as error:
-            made.append((0, str(error), isinstance(error, OutageError)))
-    return pa.table([*zip(*made, strict=True)], schema=MADE)
+    rows = [write_unit(job, unit) for unit in units["number"].to_pylist()]
+    return pa.table({"rows": pa.array(rows, pa.int64())})
 
 
 @lru_cache(maxsize=1)

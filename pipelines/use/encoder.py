@@ -29,12 +29,17 @@ class Encoder:
     """A pretrained encoder, in evaluation mode; its parameters can be trained further."""
 
     config: dict[str, Any]
-    state: dict[str, Tensor]
     pieces: Vocabulary | None
     """The vocabulary of an encoder of text, None of one of images."""
     objective: Objective
     fresh: tuple[str, ...] = ()
     """Tensors that the model came without, such as heads: freshly drawn, not trained."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The weights that the model came with."""
+        state: dict[str, Tensor] = self.objective.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self.fresh}
 
     @property
     def modality(self) -> Literal["text", "images"]:

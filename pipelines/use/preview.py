@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -18,9 +17,10 @@ from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Plan
 from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import Pairing, TextConfig
-from pipelines.data.vocabulary import Vocabulary, load_vocabulary
+from pipelines.data.vocabulary import Vocabulary
 from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.run import index_data
+from pipelines.training.start import given_vocabulary
 from pipelines.use.baselines import unmasked
 from pipelines.use.drawing import HEAD, DrawnRow, draw, open_console
 from pipelines.use.quirks import (
@@ -31,6 +31,7 @@ from pipelines.use.quirks import (
     describe_pairs,
     take_sample,
 )
+from pipelines.use.registry import load_encoder
 
 SHOWN_OF_A_LABEL = 2
 LEGEND = "what the model sees of A and B, and under a place what it has to tell there: ^truth\n"
@@ -43,7 +44,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         UserError: If there is no data, the vocabulary is missing, or the recipe is not of text.
-        DataError: If the data cannot be trusted.
+        DataError: If the data cannot be trusted, or the encoder to start from.
     """
     _ = config.masked_language
     with cluster(config.address, 1, verbose=config.verbose):
@@ -77,11 +78,10 @@ def preview(config: RunConfig) -> dict[str, Any]:
 
 
 def _vocabulary(config: RunConfig, sample: Sample) -> Vocabulary:
-    if config.vocabulary_file:
-        path, lowercase = Path(config.vocabulary_file), config.vocabulary.lowercase
-        return load_vocabulary(path, lowercase=lowercase)
-    texts = [document.text for document in sample.documents]
-    return train_vocabulary(texts, config.vocabulary)
+    source = load_encoder(config.init_from, config.tracking_uri) if config.init_from else None
+    return given_vocabulary(config, source) or train_vocabulary(
+        (document.text for document in sample.documents), config.vocabulary
+    )
 
 
 def _pairings(text: TextConfig) -> dict[Pairing, TextConfig]:
@@ -140,8 +140,8 @@ def _about(config: RunConfig, manifest: Manifest, sample: Sample, vocabulary: Vo
     )
     pieces = f"{vocabulary.size} pieces"
     origin = (
-        f"of {config.vocabulary_file}"
-        if config.vocabulary_file
+        f"of {given}"
+        if (given := config.init_from or config.vocabulary_file)
         else "trained on them" + ("" if whole else "; the run trains it on all of them")
     )
     others = ", ".join(

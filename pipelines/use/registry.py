@@ -22,6 +22,7 @@ from pydantic import Discriminator, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines.config import MODEL_NAME
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
@@ -47,7 +48,6 @@ EXAMPLES: dict[str, tuple[str, str, Any]] = {
 }
 """Type and name of the input column, and an input."""
 
-MODEL_NAME = re.compile(r"[\w.\- ]+")
 MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
 
 
@@ -115,7 +115,7 @@ def _build(
     except RuntimeError as error:
         what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
         raise BundleError(f"model.safetensors does not fit config.json: {what:.200}") from error
-    return Encoder(config, state, vocabulary, objective.eval(), tuple(fresh))
+    return Encoder(config, vocabulary, objective.eval(), tuple(fresh))
 
 
 def pin(uri: str, tracking_uri: str) -> str:
