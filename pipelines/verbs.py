@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
     from pipelines.use.evaluate import Evaluation
 
+Model = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a bundle, of a finished "
+        "run or of a BERT of transformers."
+    ),
+]
 Address = Annotated[
     str,
     tyro.conf.arg(
@@ -121,8 +128,7 @@ class Vocab:
 class Embed:
     """Embed every readable document of raw shards: Parquet files with ids, each made once."""
 
-    model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
+    model: Model
     data: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders or quoted globs; --source.heldout-ratio keeps none of them out."""
     out: Path
@@ -138,20 +144,17 @@ class Embed:
 
     def run(self) -> dict[str, Any]:
         """Print the ledger and how fast it went. Long documents are cut to the encoder's rows."""
-        from pipelines.use.bundle import manifest_sha256
         from pipelines.use.embed import EmbedJob, embed
-        from pipelines.use.registry import load_encoder, pin, resolve
+        from pipelines.use.registry import open_model
 
-        model = pin(self.model, self.tracking_uri)
-        bundle = resolve(model, self.tracking_uri)
-        encoder = load_encoder(str(bundle))
+        model, sha256, encoder = open_model(self.model, self.tracking_uri)
         _ = encoder.vocabulary  # refused before anything is read, if it is not of text
         cache = self.out / ".manifest.json"
         with _indexed(self, _all_of(self.source), cache, self.workers) as manifest:
             job = EmbedJob(
                 encoder=encoder,
                 model=model,
-                bundle_sha256=manifest_sha256(bundle),
+                bundle_sha256=sha256,
                 manifest=manifest,
                 out=self.out.resolve(),
                 id_field=self.id_field,
@@ -224,9 +227,7 @@ class Evaluate:
 class FillMask:
     """Show what an encoder puts in the place of each [MASK] of a text."""
 
-    model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a bundle, of a finished run or of
-    a BERT of transformers."""
+    model: Model
     text: tyro.conf.Positional[str]
     """A text with [MASK] in it."""
     top: int = 5
@@ -250,8 +251,7 @@ class FillMask:
 class Export:
     """Write an encoder as transformers and sentence-transformers load it."""
 
-    model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a bundle or of a finished run."""
+    model: Model
     out: Path
     """Folder to write; there must be none yet."""
     tracking_uri: str = "sqlite:///mlflow.db"

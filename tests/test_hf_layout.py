@@ -32,7 +32,7 @@ from pipelines.use.bundle import BundleError, write_bundle
 from pipelines.use.encoder import Encoder
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.hf_export import export
-from pipelines.use.registry import load_encoder
+from pipelines.use.registry import load_encoder, open_model
 from ssl_models.bert import BertConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
 from ssl_models.objective import Batch
@@ -202,6 +202,17 @@ def test_those_who_read_its_files_alone_get_the_same_ids(bundle: Path, exported:
     assert read.decode(pair.ids) == "the captain a"
     pieces = (exported / "vocab.txt").read_text().splitlines()
     assert {piece: number for number, piece in enumerate(pieces)} == read.get_vocab()
+
+
+def test_a_model_of_transformers_is_told_from_every_other(foreign: Path, tmp_path: Path) -> None:
+    """By what stands in the files that are embedded with it."""
+    folder = Path(shutil.copytree(foreign, tmp_path / "copy"))
+    uri, sha256, _ = open_model(str(foreign), "")
+    assert uri == str(foreign)
+    assert open_model(str(folder), "")[1] == sha256
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    assert open_model(str(folder), "")[1] != sha256
 
 
 def test_a_cased_vocabulary_keeps_its_case(tmp_path: Path, foreign: Path) -> None:

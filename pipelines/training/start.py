@@ -19,7 +19,7 @@ from pipelines.data.vocabulary import Vocabulary, load_vocabulary
 from pipelines.errors import UserError
 from pipelines.training.checkpoint import Commit, CommitLog
 from pipelines.use.encoder import Encoder
-from pipelines.use.registry import load_encoder, pin
+from pipelines.use.registry import open_model
 from ssl_models import build_objective
 from ssl_models.objective import Objective
 
@@ -74,8 +74,7 @@ def load_start(config: RunConfig) -> Start:
             or heads do not fit; the first misfit is named.
         BundleError: If there is no such encoder, or it cannot be trusted.
     """
-    uri = pin(config.init_from, config.tracking_uri)
-    source = load_encoder(uri, config.tracking_uri)
+    uri, _, source = open_model(config.init_from, config.tracking_uri)
     given_vocabulary(config, source)
     there = source.config["objective"]["encoder"]
     settled = with_vocab_size(config, there["vocab_size"])

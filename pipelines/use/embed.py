@@ -47,7 +47,7 @@ class EmbedJob:
     model: str
     """URI of the encoder, with its version."""
     bundle_sha256: str
-    """Of the manifest.json of its bundle."""
+    """Of the manifest.json of its bundle, or of the files of a model of transformers."""
     manifest: Manifest
     """Of the corpus, with nothing held out."""
     out: Path

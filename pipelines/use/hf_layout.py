@@ -5,6 +5,7 @@ model.safetensors   bert.*, cls.predictions.*, cls.seq_relationship.*; BertModel
 tokenizer.json      with control tokens and a template, which are not used here
 """
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import Vocabulary, load_vocabulary
+from pipelines.storage import sha256_of
 from pipelines.use.bundle import BundleError
 from ssl_models.bert import NUM_SEGMENTS, BertConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
@@ -109,6 +111,13 @@ def read_hf_layout(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     state = _read_weights(directory / "model.safetensors", config)
     described = {"objective": asdict(config), "text": asdict(text), "recipe": ""}
     return described, state, vocabulary
+
+
+def hf_sha256(directory: Path) -> str:
+    """Return a hash of the files that are read, of which the last one may be absent."""
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    hashes = [sha256_of(directory / name) for name in names if (directory / name).is_file()]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def hf_name(name: str) -> str:

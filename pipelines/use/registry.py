@@ -29,7 +29,7 @@ from pipelines.training.mlflow_client import open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import ADVICE, FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
 from pipelines.use.encoder import Encoder
-from pipelines.use.hf_layout import is_hf_layout, read_hf_layout
+from pipelines.use.hf_layout import hf_sha256, is_hf_layout, read_hf_layout
 from ssl_models import ObjectiveConfig, build_objective
 
 MANIFEST_TAG = "rayssl.manifest_sha256"
@@ -60,17 +60,26 @@ class Registered(NamedTuple):
 
 
 def load_encoder(uri: str, tracking_uri: str = "sqlite:///mlflow.db") -> Encoder:
-    """Return the encoder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder.
+    """Return the encoder of `open_model`."""
+    return open_model(uri, tracking_uri)[2]
 
+
+def open_model(uri: str, tracking_uri: str) -> tuple[str, str, Encoder]:
+    """Return URI, SHA-256 and encoder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder.
+
+    The URI has a version instead of an alias; the hash stands for the whole model.
     The folder is a bundle, a finished run, or a model as transformers saves it (`hf_layout.py`).
 
     Raises:
         BundleError: If there is none, if it is not byte for byte what was registered, or if it is
             a model of transformers that is not the BERT of this package.
     """
-    if is_hf_layout(Path(uri)):
-        return _build(*read_hf_layout(Path(uri)), is_whole=False)
-    return _read_encoder(resolve(uri, tracking_uri))
+    if is_hf_layout(folder := Path(uri)):
+        encoder = _build(*read_hf_layout(folder), is_whole=False)
+        return uri, hf_sha256(folder), encoder
+    pinned = pin(uri, tracking_uri)
+    directory = resolve(pinned, tracking_uri)
+    return pinned, manifest_sha256(directory), _read_encoder(directory)
 
 
 def _read_encoder(directory: Path) -> Encoder:
