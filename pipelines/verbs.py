@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from pipelines.data.shards import SourceConfig
+from pipelines.data.shards import SourceConfig, is_shard
 from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import UserError
 from pipelines.tables import table
@@ -84,6 +84,7 @@ class Index:
         from pipelines.data.gate import check
         from pipelines.run import index
 
+        _refuse_shard(self.out)
         with cluster(self.address, 1, verbose=False):
             manifest = index(self.data, self.source, self.out)
         print_ledger(manifest)
@@ -117,6 +118,7 @@ class Vocab:
         from pipelines.data.vocabulary_training import train_on_corpus
         from pipelines.storage import write_text
 
+        _refuse_shard(self.out)
         with _indexed(self, self.source, Path("runs/.index/manifest.json")) as manifest:
             vocabulary = train_on_corpus(manifest, self.vocabulary)
         write_text(self.out, vocabulary.json)
@@ -316,6 +318,16 @@ def _indexed(
         manifest = index(verb.data, source, cache)
         check(manifest)
         yield manifest
+
+
+def _refuse_shard(out: Path) -> None:
+    """Refuse to write over raw data.
+
+    Raises:
+        UserError: If there is a file of that name, and the name is a shard's.
+    """
+    if out.exists() and is_shard(str(out)):
+        raise UserError(f"{out} is a raw shard by its name: choose another --out")
 
 
 def _all_of(source: SourceConfig) -> SourceConfig:

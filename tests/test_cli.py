@@ -127,6 +127,17 @@ def test_an_error_is_a_json_object_too_where_one_was_asked_for(
     assert err == f"rayssl: {told['error']}\n"
 
 
+@pytest.mark.parametrize("verb", ["index", "vocab"])
+def test_raw_data_is_not_written_over(
+    verb: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shard = tmp_path / "a.jsonl"
+    shard.write_text('{"text": "the sea"}\n')
+    assert main([verb, str(shard), "--out", str(shard)]) == 2
+    assert "is a raw shard by its name: choose another --out" in capfd.readouterr().err
+    assert shard.read_text() == '{"text": "the sea"}\n'
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(verb, "--help") == 0
