@@ -67,9 +67,8 @@ class BoastfulRun(Run):
         return Boastful(true.plan, true.maker)
 
 
-@pytest.mark.parametrize(
-    "workers", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 3))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_stream_that_ends_too_early_is_no_failure_and_changes_no_batch(
     open_tiny: Callable[..., Run], workers: int
 ) -> None:
@@ -86,6 +85,7 @@ def test_a_stream_that_ends_too_early_is_no_failure_and_changes_no_batch(
         assert 0 < commit.step < NUM_STEPS
 
 
+@pytest.mark.slow
 def test_changed_data_ends_a_run_at_once_and_restored_data_lets_it_go_on(
     open_tiny: Callable[..., Run],
 ) -> None:
