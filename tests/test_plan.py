@@ -235,7 +235,6 @@ def test_an_order_config_divides_a_step_into_slots() -> None:
     config = OrderConfig(rows_per_step=24, slots=4, steps_per_block=5)
     assert config.rows_per_slot == 6
     assert config.rows_per_block == 30
-    assert config.rows_per_superblock == 120
 
 
 @pytest.mark.parametrize("name", ["rows_per_step", "slots", "steps_per_block", "blocks_per_order"])

@@ -119,16 +119,6 @@ class Quarantined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """What one pass over one shard finds; blocks are numbered from 0 within it."""
-
-    shard: Shard
-    blocks: tuple[Block, ...]
-    ledger: dict[str, Entry]
-    quarantined: tuple[Quarantined, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The shards and blocks of a corpus, how they were read, and the ledger."""
 

@@ -52,11 +52,6 @@ class OrderConfig:
         """Rows of one travelling block."""
         return self.rows_per_slot * self.steps_per_block
 
-    @property
-    def rows_per_superblock(self) -> int:
-        """Rows of `slots` travelling blocks, which are `steps_per_block` steps."""
-        return self.rows_per_step * self.steps_per_block
-
     def first_block(self, step: int) -> int:
         """Return the number of the first travelling block of the superblock of a step."""
         return step // self.steps_per_block * self.slots
