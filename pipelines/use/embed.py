@@ -6,13 +6,10 @@ A unit and the batches in it depend on the manifest alone, so the files do not t
 workers made them, or how often they died.
 """
 
-import contextlib
-import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,9 @@ import torch
 from pipelines.cluster import unwrap
 from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
 from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
-from pipelines.data.filesystems import READ_ERRORS, join, reason
+from pipelines.data.fields import field_values
 from pipelines.data.manifest import Document, Manifest
-from pipelines.data.parquet import ids_from
-from pipelines.data.records import Form
-from pipelines.data.shards import records_from
-from pipelines.errors import DataError, OutageError, UserError
+from pipelines.errors import DataError, UserError
 from pipelines.storage import held, write_file
 from pipelines.use.encoder import Encoder
 
@@ -172,7 +166,7 @@ def _names(job: EmbedJob, number: int, documents: Sequence[Document]) -> pa.Tabl
     first = job.first_records[block.shard]
     records_in_shard = [document.record - first for document in documents]
     if job.id_field:
-        values = list(_field_values(job.manifest, number, job.id_field))
+        values = list(field_values(job.manifest, number, job.id_field))
         ids = [values[document.record - block.first_record] for document in documents]
     else:
         ids = [f"{path}:{record}" for record in records_in_shard]
@@ -184,34 +178,6 @@ def _names(job: EmbedJob, number: int, documents: Sequence[Document]) -> pa.Tabl
             )
     columns = {"id": ids, "shard": [path] * len(ids), "record": records_in_shard}
     return pa.table(columns, schema=NAMES)
-
-
-def _field_values(manifest: Manifest, number: int, field: str) -> Iterator[str | None]:
-    """Yield a field of every record of a block, or None where there is no such thing."""
-    block = manifest.blocks[number]
-    shard = manifest.shards[block.shard]
-    name = join(manifest.root, shard.path)
-    if shard.form == "parquet":
-        found = ids_from(name, field, block.offset)
-    else:
-        found = records_from(name, manifest.source, block.offset, lambda _: None)
-    try:
-        for record in islice(found, block.records):
-            yield _field_value(record.data or b"", shard.form, field)
-    except READ_ERRORS as error:
-        raise OutageError(f"{name}: cannot read {field!r} ({reason(error)}); try again") from error
-
-
-def _field_value(record: bytes, form: Form, field: str) -> str | None:
-    value = None
-    with contextlib.suppress(ValueError, RecursionError):
-        if form == "parquet":
-            value = record.decode() or None
-        elif form == "jsonl":
-            fields = json.loads(record.decode("utf-8-sig"))
-            value = fields.get(field) if isinstance(fields, dict) else None
-    is_id = isinstance(value, str | int) and not isinstance(value, bool)
-    return str(value) if is_id else None
 
 
 def _finished(job: EmbedJob) -> dict[int, int]:

@@ -1,0 +1,66 @@
+"""One field of every record of a block: an id, or a label, which no training ever sees."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+
+from pipelines.data import tar
+from pipelines.data.filesystems import READ_ERRORS, join, reason
+from pipelines.data.manifest import Manifest
+from pipelines.data.parquet import ids_from
+from pipelines.data.records import Form, Record
+from pipelines.data.shards import records_from
+from pipelines.errors import OutageError
+
+KEY = "key"
+"""The field that names a sample of a tar."""
+
+
+def field_values(manifest: Manifest, number: int, field: str) -> Iterator[str | None]:
+    """Yield a field of every record of a block, or None where it is no string or whole number.
+
+    That is a field of a jsonl line, a column of a parquet shard, and of a sample of a tar the text
+    of its file of that extension (`cls`), a field of its json, or its `key`.
+
+    Raises:
+        OutageError: If the shard cannot be read.
+    """
+    block = manifest.blocks[number]
+    shard = manifest.shards[block.shard]
+    name = join(manifest.root, shard.path)
+    if shard.form == "parquet":
+        found = ids_from(name, field, block.offset)
+    else:
+        found = records_from(name, manifest.source, block.offset, lambda _: None)
+    try:
+        for record in islice(found, block.records):
+            yield _value(record, shard.form, field)
+    except READ_ERRORS as error:
+        raise OutageError(f"{name}: cannot read {field!r} ({reason(error)}); try again") from error
+
+
+def _value(record: Record, form: Form, field: str) -> str | None:
+    value: object = None
+    data = record.data or b""
+    with contextlib.suppress(ValueError, RecursionError):
+        if form == "parquet":
+            value = data.decode() or None
+        elif form == "jsonl":
+            value = _of_json(data, field)
+        elif form == "tar":
+            value = record.key or None if field == KEY else _of_sample(data, field)
+    is_told = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value) if is_told else None
+
+
+def _of_sample(sample: bytes, field: str) -> object:
+    files = tar.files(sample)
+    if field in files:
+        return files[field].decode("utf-8-sig").strip() or None
+    return _of_json(files["json"], field) if "json" in files else None
+
+
+def _of_json(data: bytes, field: str) -> object:
+    fields = json.loads(data.decode("utf-8-sig"))
+    return fields.get(field) if isinstance(fields, dict) else None

@@ -1,0 +1,42 @@
+"""A field of each record: what a label or an id is in every form of shard."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.data import indexing
+from pipelines.data.fields import field_values
+from pipelines.data.shards import SourceConfig, find_shards
+from tests.corpus import serial_map
+from tests.pictures import make_picture, make_tar
+
+
+def values(folder: Path, field: str) -> list[str | None]:
+    manifest = indexing.build(find_shards([str(folder)]), SourceConfig(), serial_map)
+    blocks = range(len(manifest.blocks))
+    return [value for block in blocks for value in field_values(manifest, block, field)]
+
+
+def test_a_sample_of_a_tar_has_its_files_the_fields_of_its_json_and_its_key(tmp_path: Path) -> None:
+    told = json.dumps({"label": 7, "cls": "of the json", "is": True}).encode()
+    members = [
+        ("a.jpg", make_picture(0)),
+        ("a.cls", b"3\n"),
+        ("a.json", told),
+        ("n/b.jpg", make_picture(2)),
+    ]
+    (tmp_path / "x.tar").write_bytes(make_tar(members))
+    end = [None]  # the end of the archive is a record too
+    assert values(tmp_path, "cls") == ["3", None, *end]
+    assert values(tmp_path, "label") == ["7", None, *end]
+    assert values(tmp_path, "is") == [None, None, *end]
+    assert values(tmp_path, "key") == ["a", "n/b", *end]
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"{", b"[1]", b"[" * 100_000])
+def test_what_cannot_be_read_is_no_value(content: bytes, tmp_path: Path) -> None:
+    members = [("a.jpg", make_picture(0)), ("a.json", content), ("a.cls", b"\xff")]
+    (tmp_path / "x.tar").write_bytes(make_tar(members))
+    assert values(tmp_path, "label")[0] is None
+    assert values(tmp_path, "cls")[0] is None
