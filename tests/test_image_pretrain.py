@@ -28,6 +28,7 @@ from pipelines.recipes import recipe
 from pipelines.run import load_run
 from pipelines.training.loop import load_objective
 from pipelines.training.mlflow_client import open_client
+from pipelines.training.tracking import read_spool
 from pipelines.use.evaluate import evaluate
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.hf_export import export
@@ -90,15 +91,28 @@ def test_what_was_trained_is_what_was_planned(finished: Finished) -> None:
     assert verdict.steps == finished.config.steps
 
 
+def losses(run: Path) -> dict[int, float]:
+    """Return the loss that was logged of each step."""
+    records = read_spool(run / "spool", {})
+    return {r.step: r.metrics["loss"] for r in records if "loss" in r.metrics}
+
+
 @pytest.mark.slow
-def test_one_worker_trains_on_the_same_batches(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_trains_on_the_same_batches_with_the_same_losses(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.chdir(finished.folder)
-    alone, _ = call(replace(finished.config, name="alone", workers=1))
-    assert alone["digest"] == finished.account["digest"]
-    two, one = (account["evaluation"] for account in (finished.account, alone))
-    assert one["heldout/triplet_loss"] == pytest.approx(two["heldout/triplet_loss"], rel=1e-3)
+    name = f"workers-{workers}"
+    account, _ = call(replace(finished.config, name=name, workers=workers))
+    assert account["digest"] == finished.account["digest"]
+    found, expected = losses(finished.folder / "runs" / name), losses(finished.dir)
+    assert sorted(found) == list(range(1, finished.config.steps + 1))
+    assert found == pytest.approx(expected, rel=1e-5)
+    heldout, of_two = account["evaluation"], finished.account["evaluation"]
+    assert heldout["heldout/triplet_loss"] == pytest.approx(
+        of_two["heldout/triplet_loss"], rel=1e-3
+    )
 
 
 def test_the_run_says_what_it_did_in_a_handful_of_lines(finished: Finished) -> None:
