@@ -70,7 +70,7 @@ def test_lossless_forms_give_the_pixels_back(form: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_pictures_are_upright_whatever_their_form(form: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -117,6 +117,14 @@ def test_transparency_shows_white() -> None:
     assert (shown[30:] == 255).all()
 
 
+def test_half_transparent_pixels_are_mixed_with_white() -> None:
+    dice = np.random.default_rng(0)
+    pixels = dice.integers(0, 256, (50, 60, 4), np.uint8)
+    colour, alpha = pixels[..., :3].astype(float), pixels[..., 3:] / 255
+    mixed = colour * alpha + 255 * (1 - alpha)
+    assert np.abs(decoded(encode(pixels, "PNG")) - mixed).max() <= 0.5
+
+
 def test_a_palette_gives_its_colours_and_its_transparency() -> None:
     image = Image.fromarray(scene()).quantize(16)
     expected = np.asarray(image.convert("RGB"))
@@ -157,6 +165,23 @@ def test_a_cut_jpeg_of_other_channels_never_passes_either(channels: str) -> None
     data = encode(Image.fromarray(scene(300, 400)).convert(channels), "JPEG")
     for end in range(len(data) // 2, len(data), 101):
         assert reason(data[:end]).startswith("quarantined:")
+
+
+def test_a_jpeg_with_more_behind_it_is_read_as_strictly_as_any() -> None:
+    """Cameras put a preview or a second view behind a picture; Pillow calls that MPO."""
+    alone = encode(scene(300, 400), "JPEG")
+    other = Image.fromarray(scene(seed=1))
+    data = encode(scene(300, 400), "MPO", save_all=True, append_images=[other])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert distance(decoded(data), decoded(alone)) == 0
+    half = decode(data, 3, 150)
+    assert not isinstance(half, Rejected)
+    assert half.shape == (150, 200, 3)
+    scan = data.index(b"\xff\xda")
+    for place in range(scan + 20, len(alone) - 200, 500):
+        harmed = data[:place] + b"\xff\xfe" + data[place + 2 :]
+        assert reason(harmed).startswith("quarantined:")
+        assert reason(data[:place]).startswith("quarantined:")
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
