@@ -266,6 +266,29 @@ def test_4_distances_of_close_pairs_are_precise() -> None:
     assert ((by_cosine - exact).abs() / exact).max() > 0.01
 
 
+def test_5_a_point_is_at_distance_0_of_itself_where_torch_adds_1e_6_to_each_difference() -> None:
+    point = unit_rows(torch.ones(2, 128))
+    found = triplet_losses(
+        Rows(point, point, torch.ones(2)),
+        EVERYONE,
+        TripletLossConfig(distance="l2", negatives="hard"),
+    )
+    assert torch.equal(found.positive, torch.zeros(2))
+    assert torch.equal(found.negative, torch.zeros(2))
+    assert F.pairwise_distance(point, point)[0].item() == pytest.approx(1.13e-5, rel=0.01)
+
+
+@pytest.mark.parametrize("margin", [0.2, 1.0])
+def test_5_unsquared_distances_give_the_loss_of_torch_but_for_that(margin: float) -> None:
+    rows = _rows(20, size=128)._replace(weight=torch.ones(20), group=None)
+    config = TripletLossConfig(distance="l2", negatives="random", margin=margin)
+    expected = F.triplet_margin_loss(
+        rows.first, rows.second, rows.first[_named(20)], margin=margin, reduction="none"
+    )
+    assert expected.max() > 0
+    torch.testing.assert_close(_triplet(rows, config).loss, expected, rtol=0, atol=2.3e-5)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 9, 32])
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("negatives", NEGATIVES)

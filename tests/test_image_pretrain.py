@@ -11,6 +11,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from mlflow.types import DataType
@@ -38,6 +39,7 @@ from pipelines.use.verify import verify
 from ssl_models.contrastive import ContrastiveConfig
 from tests.corpus import serial_map
 from tests.pictures import make_picture, write_pictures
+from tests.test_batches import by_ranks, join, local
 
 
 @dataclass(frozen=True)
@@ -227,13 +229,41 @@ def test_negatives_of_all_workers_give_the_training_of_one(
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-3)
 
 
-def test_partners_are_those_of_the_step_wherever_a_run_goes_on(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+ORDER = OrderConfig(rows_per_step=16, slots=8, steps_per_block=4, blocks_per_order=3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> RowSource:
+    folder = tmp_path_factory.mktemp("source")
+    write_pictures(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexing, "MIN_BLOCK_BYTES", 8000)
-        manifest = indexing.build(find_shards([str(tmp_path)]), SourceConfig(), serial_map)
-    order = OrderConfig(rows_per_step=16, slots=2, steps_per_block=4, blocks_per_order=3)
-    source = RowSource(Plan(manifest, 5, 3), ImageRows(recipe("image-tiny").images))
+        manifest = indexing.build(find_shards([str(folder)]), SourceConfig(), serial_map)
+    return RowSource(Plan(manifest, 5, 3), ImageRows(recipe("image-tiny").images))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_10_workers_give_the_same_bytes_to_the_model_from_the_start_or_from_a_commit_on(
+    source: RowSource, workers: int
+) -> None:
+    whole = local(source, ORDER)
+    assert whole[-1].cursor.order > source.plan.orders_per_epoch  # a picture comes twice
+    for done in (0, 5):
+        start = whole[done - 1].cursor if done else Cursor()
+        first = ORDER.first_block(done)
+        num_blocks = -(-(start.steps_done + len(whole) - done) // ORDER.steps_per_block)
+        blocks = list(islice(local_blocks(source, ORDER, start), num_blocks * ORDER.slots))
+        streams: list[list[pa.Table]] = [[] for _ in range(workers)]
+        for k, block in enumerate(blocks, start=first):
+            streams[k % workers].append(block)
+        made = by_ranks(
+            streams, source, ORDER, start=start, first_block=first, count=len(whole) - done
+        )
+        assert join(made) == whole[done:]
+
+
+def test_partners_are_those_of_the_step_wherever_a_run_goes_on(source: RowSource) -> None:
+    order = replace(ORDER, slots=2)
 
     def made(start: Cursor, first_block: int, count: int) -> list[Step]:
         rank = Rank(first_block=first_block)

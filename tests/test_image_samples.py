@@ -201,6 +201,23 @@ def test_clothes_without_apt_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         write_sample("fashion", tmp_path / "out")
 
 
+def test_a_package_that_apt_does_not_know_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt = tmp_path / "bin" / "apt-get"
+    apt.parent.mkdir()
+    apt.write_text("#!/bin/sh\necho 'E: Unable to locate package' $3 >&2\nexit 100\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(apt.parent))
+    expected = (
+        "cannot download dataset-fashion-mnist from apt: E: Unable to locate package "
+        r"dataset-fashion-mnist \(this needs .*, and apt-get update before it\)"
+    )
+    with pytest.raises(UserError, match=expected):
+        write_sample("fashion", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 MNIST_IDX = {
     "train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "test": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",

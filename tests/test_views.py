@@ -175,7 +175,7 @@ def test_fine_patterns_are_averaged_away_and_do_not_turn_coarse() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (33, 7), (700, 500)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (3, 50_000), (33, 7), (700, 500)])
 def test_every_view_of_every_picture_has_its_shape(shape: tuple[int, int], channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
     for number in range(20):

