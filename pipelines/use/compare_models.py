@@ -87,7 +87,10 @@ def _compare_text(candidate: Encoder, champion: Encoder | None, data: Manifest) 
     ]
     if champion:
         if (first.pairs > 0).sum() < MIN_ITEMS or not _learned_alike(candidate, champion):
-            notes.append("pairs are not compared: too few have labels, or the models learned other")
+            notes.append(
+                "pairs are not compared: too few have a label, or the models were not trained to "
+                "tell the same of them"
+            )
         else:
             comparisons.append(
                 Comparison(
