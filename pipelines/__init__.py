@@ -18,6 +18,8 @@
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
     use/embed.py            documents -> Parquet files with ids, each written once
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py
+    use/compare_models.py   candidate and champion -> scores on the same held-out items
+    use/promotion.py        scores -> intervals (comparison.py) -> `champion` moves, or stays
     use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back
 
 `pretrain.py` runs these stages, `use/preview.py` shows rows before any of them is trained on,

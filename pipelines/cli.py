@@ -13,6 +13,7 @@ import tyro
 
 from pipelines.errors import INTERRUPTED, UserError, nearest
 from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs_registry import Models, Promote, Rollback
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -28,7 +29,13 @@ VERBS: dict[str, Any] = {
     "fill-mask": FillMask,
     "export": Export,
     "verify": Verify,
+    "promote": Promote,
+    "rollback": Rollback,
+    "models": Models,
 }
+
+EXIT_CODES = {"FAIL": 1, "REFUSED": 3}
+"""Exit codes of a result that tells a status; of any other, 0."""
 
 GOES_ON = {
     "pretrain": "; the same command goes on from the newest commit",
@@ -48,11 +55,14 @@ HELP = """usage: rayssl VERB [flags] [--json]
   fill-mask  show what an encoder puts in the place of [MASK]
   export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed
+  promote    compare a candidate with the champion; promote it if it is no worse
+  rollback   make the previous champion champion again
+  models     list registered models, their aliases, figures and what the gate said
 
 rayssl VERB --help tells more. --json prints one JSON object as the last line, of an
 error too.
-Exit codes: 0 done, 1 failed, 2 usage, 65 data that cannot be trusted, 75 try again later,
-130 interrupted.
+Exit codes: 0 done, 1 failed, 2 usage, 3 not promoted, 65 data that cannot be trusted,
+75 try again later, 130 interrupted.
 """
 
 
@@ -81,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     if as_json:
         print(json.dumps(result))
-    return 1 if result.get("status") == "FAIL" else 0
+    return EXIT_CODES.get(result.get("status", ""), 0)
 
 
 def _run(verb: str, arguments: list[str]) -> dict[str, Any]:

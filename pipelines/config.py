@@ -34,6 +34,8 @@ class RunConfig:
     data: tuple[str, ...] = ()
     """Raw shards: files, folders or quoted globs, local or as URIs such as s3://bucket/folder;
     text in .txt and .jsonl, plain, .gz or .zst, and .parquet; pictures in .tar."""
+    data_licence: str = ""
+    """Licence of the data, to be told in the model card and by the registered version."""
     weights: tuple[float, ...] = ()
     """How often an epoch uses each pattern of --data, one number each: 2 is twice, 0.5 is one
     half, another half in the next epoch; without any, all of it once."""
@@ -173,6 +175,7 @@ def _check_images(config: RunConfig, objective: ContrastiveConfig | AutoencoderC
 FREE_TO_CHANGE = frozenset(
     {
         "data",
+        "data_licence",
         "name",
         "runs",
         "workers",

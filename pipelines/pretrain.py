@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,14 +31,18 @@ from pipelines.training.feed import PlannedDataConfig
 from pipelines.training.loop import Job, load_objective, train_worker
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
 from pipelines.use.bundle import write_bundle
+from pipelines.use.card import model_card
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
-from pipelines.use.registry import Registered, register
+from pipelines.use.registry import RECIPE_TAG, Registered, register
 from ssl_models.objective import Objective
 
 CPUS_FOR_DATA = 1
 REGISTRY_TIMEOUT_SECONDS = 120.0
 NOT_EVALUATED = "nothing is held out: the encoder is not evaluated"
+LICENCE_TAG = "rayssl.data_licence"
+TOLD_OF_LINEAGE = ("fingerprint", "seed", "steps", "started_from", "git_commit")
+"""Of the lineage, what is a tag of the version too."""
 CURVES = {
     "entropy": "entropy of the prediction",
     "p_true": "p(true token)",
@@ -183,7 +186,7 @@ def hand_over(
             },
             tokenizer_json=run.pieces.json if run.pieces else None,
             lineage=lineage,
-            card=_card(run, figures),
+            card=model_card(run, figures or [NOT_EVALUATED], lineage),
         )
     from mlflow.exceptions import MlflowException
 
@@ -193,13 +196,24 @@ def hand_over(
             tracking_uri=run.config.tracking_uri,
             run_id=run_id,
             name=run.config.register,
-            tags={RUN_KEY_TAG: run.key, "rayssl.fingerprint": run.manifest.fingerprint},
+            tags=_version_tags(run, lineage),
         )
     except MlflowException as error:
         raise TrackingError(
             f"MLflow at {run.config.tracking_uri} did not register {folder} ({error!s:.120}); "
             "the bundle is whole: the same command registers it later"
         ) from error
+
+
+def _version_tags(run: Run, lineage: dict[str, Any]) -> dict[str, str]:
+    """Return what a version is looked up by."""
+    tags = {
+        RUN_KEY_TAG: run.key,
+        RECIPE_TAG: run.config.recipe,
+        LICENCE_TAG: run.config.data_licence,
+        **{f"rayssl.{name}": str(lineage[name]) for name in TOLD_OF_LINEAGE},
+    }
+    return {name: value for name, value in tags.items() if value}
 
 
 def start_tracking(run: Run) -> Tracker:
@@ -330,19 +344,3 @@ def _curves(run: Run) -> list[str]:
     return [
         f"from step {first.step} to {last.step}: {', '.join(changes)}; all curves are in MLflow"
     ]
-
-
-def _card(run: Run, figures: Sequence[str]) -> str:
-    config = run.config
-    shards = "\n".join(f"- {Path(shard.path).name}" for shard in run.manifest.shards[:20])
-    encoder, knows = (
-        ("A BERT", "the language and the subjects") if run.pieces else ("An image", "the subjects")
-    )
-    listed = "\n".join(f"- {line}" for line in figures or [NOT_EVALUATED])
-    return (
-        f"# {config.register}\n\n{encoder} encoder pretrained without labels by rayssl: recipe "
-        f"{config.recipe}, {config.steps} steps of {config.order.rows_per_step} rows.\n\n"
-        f"## Data\n\nFingerprint {run.manifest.fingerprint}\n\n{shards}\n\n"
-        f"## Held-out figures\n\n{listed}\n\n"
-        f"## Limits\n\nKnows {knows} of its data and nothing else.\n"
-    )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
@@ -120,7 +120,7 @@ class Vocab:
         from pipelines.storage import write_text
 
         _refuse_shard(self.out)
-        with _indexed(self, self.source, Path("runs/.index/manifest.json")) as manifest:
+        with indexed(self, self.source, Path("runs/.index/manifest.json")) as manifest:
             vocabulary = train_on_corpus(manifest, self.vocabulary)
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
@@ -153,7 +153,7 @@ class Embed:
         model, sha256, encoder = open_model(self.model, self.tracking_uri)
         _ = encoder.vocabulary  # refused before anything is read, if it is not of text
         cache = self.out / ".manifest.json"
-        with _indexed(self, _all_of(self.source), cache, self.workers) as manifest:
+        with indexed(self, all_of(self.source), cache, self.workers) as manifest:
             job = EmbedJob(
                 encoder=encoder,
                 model=model,
@@ -223,7 +223,7 @@ class Evaluate:
             return evaluate(objective, run, manifest)
 
     def _held_out(self) -> "AbstractContextManager[Manifest]":
-        return _indexed(self, _all_of(self.source), self.runs / ".index" / "evaluate.json")
+        return indexed(self, all_of(self.source), self.runs / ".index" / "evaluate.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +302,18 @@ def is_model(name: str) -> bool:
     return "/" in name or (Path(name) / "model.safetensors").is_file()
 
 
+class _Reads(Protocol):
+    """A verb that reads raw shards."""
+
+    @property
+    def data(self) -> tuple[str, ...]: ...
+    @property
+    def address(self) -> str: ...
+
+
 @contextlib.contextmanager
-def _indexed(
-    verb: Vocab | Embed | Evaluate, source: SourceConfig, cache: Path, num_cpus: int = 1
+def indexed(
+    verb: _Reads, source: SourceConfig, cache: Path, num_cpus: int = 1
 ) -> "Iterator[Manifest]":
     """Index the data of a verb; Ray is there for what is to be done with it.
 
@@ -331,7 +340,8 @@ def _refuse_shard(out: Path) -> None:
         raise UserError(f"{out} is a raw shard by its name: choose another --out")
 
 
-def _all_of(source: SourceConfig) -> SourceConfig:
+def all_of(source: SourceConfig) -> SourceConfig:
+    """Return how data is read of which nothing is held out."""
     return dataclasses.replace(source, heldout_ratio=0.0)
 
 

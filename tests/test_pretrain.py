@@ -14,7 +14,8 @@ import torch
 
 from pipelines.cli import main
 from pipelines.config import RunConfig, to_flat, to_record
-from pipelines.data.shards import SourceConfig
+from pipelines.data.indexing import build
+from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import UserError
 from pipelines.pretrain import _root_cause, pretrain
 from pipelines.recipes import recipe
@@ -22,8 +23,11 @@ from pipelines.run import load_run
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import BundleError
+from pipelines.use.gate_config import GateConfig
+from pipelines.use.promotion import judge_pair, pin_pair
 from pipelines.use.registry import load_encoder
 from pipelines.use.verify import verify
+from tests.corpus import serial_map
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def finished(
         workers=2,
         tracking_uri=f"sqlite:///{folder}/mlflow.db",
         register="topics",
+        data_licence="CC0-1.0",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where artifacts go
@@ -179,6 +184,46 @@ def test_the_registered_version_knows_where_it_comes_from(finished: Finished) ->
     lineage = json.loads((finished.dir / "bundle" / "lineage.json").read_text())
     assert lineage["fingerprint"] == run.manifest.fingerprint
     assert lineage["steps"] == finished.config.steps
+    assert version.tags["rayssl.recipe"] == "text-tiny"
+    assert version.tags["rayssl.data_licence"] == "CC0-1.0"
+    assert version.tags["rayssl.steps"] == "20"
+    assert "rayssl.started_from" not in version.tags  # nothing to tell
+
+
+def test_the_card_tells_data_recipe_figures_and_limits(finished: Finished) -> None:
+    card = (finished.dir / "bundle" / "MODEL_CARD.md").read_text()
+    version = finished.client.get_model_version_by_alias("topics", "candidate")
+    assert version.description == card.partition("\n\n## ")[0]
+    assert version.description.endswith("recipe text-tiny, 20 steps of 16 rows.")
+    titles = [line for line in card.splitlines() if line.startswith("## ")]
+    assert titles == [
+        f"## {title}"
+        for title in ("Use", "Data", "Recipe", "Held-out figures", "Limits", "Lineage")
+    ]
+    for told in (
+        "Licence of the data: CC0-1.0",
+        load_run(finished.dir).manifest.fingerprint,
+        "- part-0.jsonl",
+        "| text.mask_ratio | 0.15 |",
+        "- masked tokens: loss ",
+        'load_encoder("models:/topics@champion"',
+        f"| mlflow_run | {finished.account['mlflow_run']} |",
+    ):
+        assert told in card, told
+    assert "images." not in card
+    assert str(finished.config.runs) not in card
+
+
+def test_the_gate_tells_that_a_model_was_trained_on_its_data(
+    finished: Finished, corpus_dir: Path
+) -> None:
+    uri = finished.config.tracking_uri
+    source = SourceConfig(heldout_ratio=0.0)
+    data = build(find_shards([str(corpus_dir)]), source, serial_map)
+    report = judge_pair(pin_pair("topics", uri), data, GateConfig(), uri)
+    (note,) = report.notes
+    count = len(data.blocks)
+    assert note.startswith(f"models:/topics/1 was trained on {count} of {count} blocks")
 
 
 def test_the_candidate_knows_how_its_rows_were_made(finished: Finished) -> None:

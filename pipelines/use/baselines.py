@@ -10,6 +10,8 @@ from pipelines.data.batches import ArrayBatch
 from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
 
+Floats = NDArray[np.float64]
+
 NUM_RESAMPLES = 2000
 LENGTH_BIN = 4
 

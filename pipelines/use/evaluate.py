@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.cluster import parallel_map
@@ -23,7 +24,7 @@ from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
 from pipelines.errors import DataError
 from pipelines.run import Run
-from pipelines.use.baselines import Counts, bootstrap, length_accuracy, unigram_loss
+from pipelines.use.baselines import Counts, Floats, bootstrap, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
 from pipelines.use.encoder import Encoder
 from ssl_models.masked_language import MaskedLanguage
@@ -123,10 +124,10 @@ def evaluate(objective: Objective, run: Run, data: Manifest | None = None) -> Ev
         UserError: If the run is not on text.
     """
     maker = run.text_rows
-    held = _Held(run.manifest, "heldout")
+    held = Held(run.manifest, "heldout")
     if data is not None:
-        held = _without_copies(_Held(data, "training"), run.manifest)
-    measured = _measure(objective, maker, held, folds=1)
+        held = _without_copies(Held(data, "training"), run.manifest)
+    measured = measure(objective, maker, held, folds=1)
     return _figures(maker, measured, held, [_training_counts(run.source, maker)])
 
 
@@ -141,23 +142,32 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
         BundleError: If the bundle does not tell how its rows were made.
         UserError: If the encoder is not one of text.
     """
-    vocabulary = encoder.vocabulary
+    held = Held(data, "training")
+    maker = TextRows(text_config(encoder), encoder.vocabulary)
+    measured = measure(encoder.objective, maker, held, folds=2)
+    evaluation = _figures(maker, measured, held, measured.folds[::-1])
+    return replace(evaluation, own_baselines=True)
+
+
+def text_config(encoder: Encoder) -> TextConfig:
+    """Return how the rows of an encoder's pretraining were made.
+
+    Raises:
+        BundleError: If the bundle does not tell.
+        UserError: If the encoder is not one of text.
+    """
+    _ = encoder.vocabulary
     try:
-        config = TypeAdapter(TextConfig).validate_python(encoder.config.get("text"), extra="forbid")
+        return TypeAdapter(TextConfig).validate_python(encoder.config.get("text"), extra="forbid")
     except ValidationError as error:
         said = str(error).splitlines()[2].strip()
         raise BundleError(
             f"config.json: text: {said}; the bundle does not tell how its rows were made: "
             "register it anew"
         ) from error
-    held = _Held(data, "training")
-    maker = TextRows(config, vocabulary)
-    measured = _measure(encoder.objective, maker, held, folds=2)
-    evaluation = _figures(maker, measured, held, measured.folds[::-1])
-    return replace(evaluation, own_baselines=True)
 
 
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """The documents to evaluate on."""
 
     manifest: Manifest
@@ -168,29 +178,32 @@ class _Held(NamedTuple):
 
     @property
     def num_documents(self) -> int:
+        """How many documents there are, those left out or passed over included."""
         return self.manifest.records_where(self.split)
 
     def documents(self) -> Iterator[Document]:
+        """Yield the documents; of too many, those of every n-th block."""
         stride = -(-self.num_documents // MAX_DOCUMENTS) or 1
         for number in self.manifest.blocks_of(self.split)[::stride]:
             yield from self.manifest.read(number, self.split)
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """What is kept of the rows."""
 
     sums: dict[str, Any]
     """(sum, weight) of each metric."""
     folds: list[Counts]
-    right: Any
-    pairs: Ints
-    """Labelled pairs, and those told right, of each group of documents."""
+    losses: Floats
+    predictions: Floats
+    """Summed losses of masked tokens, and how many there are, of each group of documents."""
+    right: Floats
+    pairs: Floats
+    """Labelled pairs told right, and how many there are, of each group of documents."""
     documents: int
 
 
-def _figures(
-    maker: TextRows, measured: _Measured, held: _Held, learned: list[Counts]
-) -> Evaluation:
+def _figures(maker: TextRows, measured: Measured, held: Held, learned: list[Counts]) -> Evaluation:
     num_kept, num_pairs = measured.documents, int(measured.pairs.sum())
     means = {
         name: float(total[0] / total[1]) for name, total in measured.sums.items() if total[1] > 0
@@ -217,7 +230,7 @@ def _figures(
     )
 
 
-def _measure(objective: Objective, maker: TextRows, held: _Held, folds: int) -> _Measured:
+def measure(objective: Objective, maker: TextRows, held: Held, folds: int) -> Measured:
     """Give the rows of every order to the objective.
 
     Raises:
@@ -226,21 +239,21 @@ def _measure(objective: Objective, maker: TextRows, held: _Held, folds: int) -> 
     assert isinstance(objective, MaskedLanguage)
     sums: dict[str, Any] = {}
     counts = [Counts(maker) for _ in range(folds)]
-    right, pairs = np.zeros(GROUPS), np.zeros(GROUPS, dtype=np.int64)
+    by_group = np.zeros((4, GROUPS))
     num_documents = 0
     objective.eval()
     for number, (fold, documents) in enumerate(_orders(held, folds)):
         for part in _rows(maker, documents, number):
             batch = maker.collate(part)
             counts[fold].add(batch)
-            told = _give(objective, batch, sums)
-            labelled = batch["nsp_labels"] != IGNORED
-            correct = (told == batch["nsp_labels"])[labelled]
+            loss, told = _give(objective, batch, sums)
             records = np.array([document.record for document in documents])
-            place = np.searchsorted(records, part["a_record"].to_numpy()[labelled])
-            group = (num_documents + place) % GROUPS
-            right += np.bincount(group, weights=correct, minlength=GROUPS)
-            pairs += np.bincount(group, minlength=GROUPS)
+            group = (num_documents + np.searchsorted(records, part["a_record"])) % GROUPS
+            chosen = (batch["masked_ids"] != IGNORED).sum(axis=1)
+            labelled = batch["nsp_labels"] != IGNORED
+            correct = labelled & (told == batch["nsp_labels"])
+            for total, rows in zip(by_group, (loss, chosen, correct, labelled), strict=True):
+                total += np.bincount(group, weights=rows, minlength=GROUPS)
         num_documents += len(documents)
     if not num_documents:
         raise DataError(
@@ -248,20 +261,28 @@ def _measure(objective: Objective, maker: TextRows, held: _Held, folds: int) -> 
             if held.left_out
             else "no document is held out; set --source.heldout-ratio above 0"
         )
-    return _Measured(sums, counts, right, pairs, num_documents)
+    losses, predictions, right, pairs = by_group
+    return Measured(sums, counts, losses, predictions, right, pairs, num_documents)
 
 
-def _give(objective: MaskedLanguage, batch: ArrayBatch, sums: dict[str, Any]) -> Any:
-    """Add to the sums of the metrics; return the label that is told for each row."""
+def _give(
+    objective: MaskedLanguage, batch: ArrayBatch, sums: dict[str, Any]
+) -> tuple[Floats, Ints]:
+    """Add to the sums of the metrics; return the summed losses of each row, and its label told."""
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    masked_ids = tensors["masked_ids"]
     with torch.no_grad():
         scores = objective.score(tensors)
         for name, pair in objective.judge(scores, tensors).metrics.items():
             sums[name] = sums.get(name, 0) + torch.stack(pair).double()
-        return scores.nsp.argmax(dim=1).numpy()
+        losses = F.nll_loss(
+            scores.mlm, masked_ids.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        by_row = losses.reshape(masked_ids.shape).double().sum(dim=1)
+        return by_row.numpy(), scores.nsp.argmax(dim=1).numpy()
 
 
-def _orders(held: _Held, folds: int) -> Iterator[tuple[int, list[Document]]]:
+def _orders(held: Held, folds: int) -> Iterator[tuple[int, list[Document]]]:
     """Yield documents that are paired with each other, and their fold; dealt out in turn."""
     waiting: list[list[Document]] = [[] for _ in range(folds)]
     num_chars = [0] * folds
@@ -300,7 +321,7 @@ def _training_counts(source: RowSource, maker: TextRows) -> Counts:
     return counts
 
 
-def _without_copies(held: _Held, manifest: Manifest) -> _Held:
+def _without_copies(held: Held, manifest: Manifest) -> Held:
     """Leave out what is also a training document of a manifest, which is read in parallel."""
     contents = [document.content for document in held.documents()]
     told = ray.put((manifest, frozenset(contents)))

@@ -33,6 +33,7 @@ from pipelines.use.hf_layout import hf_sha256, is_hf_layout, read_hf_layout
 from ssl_models import ObjectiveConfig, build_objective
 
 MANIFEST_TAG = "rayssl.manifest_sha256"
+RECIPE_TAG = "rayssl.recipe"
 FLAVOR = "rayssl"
 LOADER_MODULE = "pipelines.use.registry"
 BUNDLE_FOLDER = "encoder"
@@ -164,16 +165,25 @@ def resolve(uri: str, tracking_uri: str) -> Path:
     return root / BUNDLE_FOLDER
 
 
+def open_registry(tracking_uri: str, wanted: str) -> Any:
+    """Return an `MlflowClient` of a registry that is there, to read from.
+
+    Raises:
+        BundleError: If there is none, where what is `wanted` could be.
+    """
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        raise BundleError(f"{wanted}: there is no registry at {tracking_uri}; name one that exists")
+    return open_client(tracking_uri)
+
+
 def _find_version(uri: str, tracking_uri: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     match = MODEL_URI.fullmatch(uri)
     if match is None:
         raise BundleError(f"{uri} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
-    database = sqlite_path(tracking_uri)
-    if database is not None and not database.exists():
-        raise BundleError(f"{uri}: there is no registry at {tracking_uri}; name one that exists")
-    client = open_client(tracking_uri)
+    client = open_registry(tracking_uri, uri)
     name, alias, number = match.groups()
     try:
         if alias is None:
@@ -281,8 +291,14 @@ def _register_anew(
             raise
     # Not models:/MODEL_ID, which a SQLite store would look up in the global tracking store.
     source = logged.artifact_location
+    card = (bundle_dir / "MODEL_CARD.md").read_text()
     version = client.create_model_version(
-        name, source, run_id=run_id, tags=tags, model_id=logged.model_id
+        name,
+        source,
+        run_id=run_id,
+        tags=tags,
+        description="\n\n".join(card.split("\n\n")[:2]).strip(),  # its title and first paragraph
+        model_id=logged.model_id,
     )
     link = json.dumps([{"name": name, "version": int(version.version)}])
     client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})

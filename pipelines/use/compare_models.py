@@ -1,0 +1,191 @@
+"""Scores of a candidate and its champion on the same held-out data, for the gate to judge.
+
+Text: rows are cut, paired and masked once, as for the champion, and both models are given them.
+Pictures: the heads that a loss needs are no part of a model that was handed over, so what is scored
+is what every encoder gives: can one view of a picture be told by another view of it?
+
+Without a champion, the candidate is compared with what knows nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from pipelines.data.images import USED, ImageConfig, ImageRows
+from pipelines.data.manifest import Manifest, Picture
+from pipelines.data.text import TextRows
+from pipelines.errors import UserError
+from pipelines.use.baselines import Floats, unigram_loss
+from pipelines.use.comparison import MIN_ITEMS, Comparison
+from pipelines.use.encoder import ROWS_PER_BATCH, Encoder
+from pipelines.use.evaluate import Held, Measured, measure, text_config
+from pipelines.use.evaluate_images import MAX_PICTURES, SEED
+
+GALLERY = 256
+"""Pictures among which the other view of one is looked for."""
+
+
+class Compared(NamedTuple):
+    """What two models were scored on."""
+
+    comparisons: list[Comparison]
+    """The first is the one that a superior candidate has to win."""
+    notes: list[str]
+    """What a reader of the scores has to know."""
+
+
+def compare(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Compared:
+    """Return the scores of two models, or of one and of what knows nothing.
+
+    Raises:
+        UserError: If the models cannot be compared, or the data is not what they are for.
+        DataError: If the data cannot be read.
+    """
+    modality = "images" if data.shards[0].form == "tar" else "text"
+    for encoder in (candidate, champion):
+        if encoder and encoder.modality != modality:
+            raise UserError(f"the data holds {modality}, a model is of {encoder.modality}")
+    if modality == "images":
+        return _compare_images(candidate, champion, data)
+    return _compare_text(candidate, champion, data)
+
+
+def _compare_text(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Compared:
+    """Return log probabilities of masked tokens, and what is told of pairs where both learned it.
+
+    Raises:
+        UserError: If the tokenizers differ.
+    """
+    config = text_config(champion or candidate)
+    if champion and champion.vocabulary.json != candidate.vocabulary.json:
+        raise UserError(
+            "candidate and champion have different tokenizers, so their losses are of different "
+            "tokens: start the candidate from the champion with --init-from, or compare the two "
+            "on a task of yours and move the alias in MLflow"
+        )
+    encoders = [encoder for encoder in (candidate, champion) if encoder]
+    rows = replace(config, max_length=min(encoder.max_tokens for encoder in encoders))
+    maker, held = TextRows(rows, candidate.vocabulary), Held(data, "training")
+    measured = [measure(encoder.objective, maker, held, folds=1) for encoder in encoders]
+    first, notes = measured[0], []
+    reference = -measured[1].losses if champion else _told_by_frequency(first)
+    comparisons = [
+        Comparison(
+            name="log probability of masked tokens, nats",
+            candidate=-first.losses,
+            reference=reference,
+            weight=first.predictions,
+        )
+    ]
+    if champion:
+        if (first.pairs > 0).sum() < MIN_ITEMS or not _learned_alike(candidate, champion):
+            notes.append(
+                "pairs are not compared: too few have a label, or the models were not trained to "
+                "tell the same of them"
+            )
+        else:
+            comparisons.append(
+                Comparison(
+                    name="accuracy on sentence pairs",
+                    candidate=first.right,
+                    reference=measured[1].right,
+                    weight=first.pairs,
+                )
+            )
+        if text_config(candidate) != rows:
+            notes.append("rows are made as for the champion, and no longer than both models take")
+    return Compared(comparisons, notes)
+
+
+def _told_by_frequency(measured: Measured) -> Floats:
+    """Return what the frequencies of these documents, the best that can be, say on average."""
+    (counts,) = measured.folds
+    return -unigram_loss(counts.tokens, counts.targets) * measured.predictions
+
+
+def _learned_alike(candidate: Encoder, champion: Encoder) -> bool:
+    """Return whether both were trained to tell the same of a pair."""
+    mine, other = (encoder.config for encoder in (candidate, champion))
+    if 0 in (mine["objective"]["nsp_coefficient"], other["objective"]["nsp_coefficient"]):
+        return False
+    order = "sentence-order"
+    return bool((mine["text"]["pairing"] == order) == (other["text"]["pairing"] == order))
+
+
+def _compare_images(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Compared:
+    """Return how well views are told apart, as the champion's pretraining draws them."""
+    encoders = [encoder for encoder in (candidate, champion) if encoder]
+    drawn = _image_config(champion or candidate)
+    scores: list[Floats] = []
+    for pictures in _galleries(data):
+        found = [_features(encoder, drawn, pictures) for encoder in encoders]
+        content = np.array([picture.content for picture in pictures])
+        used = np.logical_and.reduce([usable for _, usable in found])
+        if used.sum() > 1:
+            ranks = [reciprocal_ranks(views[:, used], content[used]) for views, _ in found]
+            by_chance = np.full(used.sum(), (1 / np.arange(1, used.sum() + 1)).mean())
+            scores.append(np.stack([*ranks, by_chance][:2]))
+    joined = np.concatenate(scores, axis=1) if scores else np.zeros((2, 0))
+    comparison = Comparison(
+        name=f"reciprocal rank of a picture's other view among {GALLERY}",
+        candidate=joined[0],
+        reference=joined[1],
+        weight=np.ones(joined.shape[1]),
+    )
+    return Compared([comparison], [])
+
+
+def reciprocal_ranks(views_2BD: Tensor, content_B: NDArray[Any]) -> Floats:
+    """Return 1 / the rank of each picture's second view, by cosine to its first view.
+
+    What is as near as the right one stands half before it, so an encoder to which all pictures are
+    one gets what chance gets, or less; copies of the picture are left out.
+    """
+    first_BD, second_BD = F.normalize(views_2BD.double(), dim=-1)
+    cosine_BB = (first_BD @ second_BD.T).numpy()
+    own_B1 = cosine_BB.diagonal()[:, None]
+    is_other_BB = content_B[:, None] != content_B[None, :]
+    before_B = ((cosine_BB > own_B1) & is_other_BB).sum(axis=1)
+    beside_B = ((cosine_BB == own_B1) & is_other_BB).sum(axis=1)
+    ranks: Floats = 1 / (1 + before_B + beside_B / 2)
+    return np.where(np.isfinite(own_B1[:, 0]), ranks, np.nan)
+
+
+def _image_config(encoder: Encoder) -> ImageConfig:
+    return TypeAdapter(ImageConfig).validate_python(encoder.config["images"], extra="forbid")
+
+
+def _features(
+    encoder: Encoder, drawn: ImageConfig, pictures: list[Picture]
+) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Return the features (2, B, D) of two views of each picture, and which could be read."""
+    own = _image_config(encoder)
+    views = replace(drawn.views, size=own.views.size)
+    maker = ImageRows(replace(own, views=views, rows="pairs", corruption=0.0))
+    table = maker.rows(pictures, seed=SEED, order=0)
+    arrays = maker.collate(table, seed=SEED, step=0, slot=0)
+    encoder.objective.eval()
+    with torch.no_grad():
+        features = [
+            encoder.objective.encode({"image": part})
+            for name in ("first", "second")
+            for part in torch.split(torch.from_numpy(arrays[name]), ROWS_PER_BATCH)
+        ]
+    return torch.cat(features).reshape(2, len(pictures), -1), table["fate"].to_numpy() == USED
+
+
+def _galleries(data: Manifest) -> Iterator[list[Picture]]:
+    """Yield pictures that are looked for among each other; of too many, every n-th block."""
+    stride = -(-data.records_where("training") // MAX_PICTURES) or 1
+    blocks = data.blocks_of("training")[::stride]
+    pictures = chain.from_iterable(data.read(block, "training") for block in blocks)
+    while gallery := list(islice(pictures, GALLERY)):
+        yield gallery
