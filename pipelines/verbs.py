@@ -22,6 +22,7 @@ from pipelines.tables import table
 if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
     from pipelines.use.evaluate import Evaluation
+    from pipelines.verbs_search import Duplicates
 
 Model = Annotated[
     tyro.conf.Positional[str],
@@ -119,7 +120,7 @@ class Vocab:
         from pipelines.storage import write_text
 
         _refuse_shard(self.out)
-        with _indexed(self, self.source, Path("runs/.index/manifest.json")) as manifest:
+        with indexed(self, self.source, Path("runs/.index/manifest.json")) as manifest:
             vocabulary = train_on_corpus(manifest, self.vocabulary)
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
@@ -152,7 +153,7 @@ class Embed:
         model, sha256, encoder = open_model(self.model, self.tracking_uri)
         _ = encoder.vocabulary  # refused before anything is read, if it is not of text
         cache = self.out / ".manifest.json"
-        with _indexed(self, _all_of(self.source), cache, self.workers) as manifest:
+        with indexed(self, all_of(self.source), cache, self.workers) as manifest:
             job = EmbedJob(
                 encoder=encoder,
                 model=model,
@@ -222,7 +223,7 @@ class Evaluate:
             return evaluate(objective, run, manifest)
 
     def _held_out(self) -> "AbstractContextManager[Manifest]":
-        return _indexed(self, _all_of(self.source), self.runs / ".index" / "evaluate.json")
+        return indexed(self, all_of(self.source), self.runs / ".index" / "evaluate.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,8 +303,11 @@ def is_model(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _indexed(
-    verb: Vocab | Embed | Evaluate, source: SourceConfig, cache: Path, num_cpus: int = 1
+def indexed(
+    verb: "Vocab | Embed | Evaluate | Duplicates",
+    source: SourceConfig,
+    cache: Path,
+    num_cpus: int = 1,
 ) -> "Iterator[Manifest]":
     """Index the data of a verb; Ray is there for what is to be done with it.
 
@@ -330,7 +334,8 @@ def _refuse_shard(out: Path) -> None:
         raise UserError(f"{out} is a raw shard by its name: choose another --out")
 
 
-def _all_of(source: SourceConfig) -> SourceConfig:
+def all_of(source: SourceConfig) -> SourceConfig:
+    """Return how to read a source of which nothing is held out."""
     return dataclasses.replace(source, heldout_ratio=0.0)
 
 

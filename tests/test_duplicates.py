@@ -1,0 +1,256 @@
+"""Near-duplicates of made-up pictures and documents: known copies rank first, and are grouped."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.cli import main
+from pipelines.data.decode import decode
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.recipes import image_tiny, recipe
+from pipelines.use.bundle import write_bundle
+from pipelines.use.contact_sheet import GAP, SIDE, box_of, contact_sheet, thumbnail
+from pipelines.use.likeness import dhash, hash_distance
+from ssl_models import build_objective
+from tests.pictures import make_tar
+
+NUM_PICTURES = 110
+COPIES = {"copy-small": 4, "copy-jpeg": 9, "copy-of-9": 9}
+TOP = 3
+
+
+def make_image_model(folder: Path, seed: int) -> Path:
+    config = image_tiny()
+    images = dataclasses.replace(
+        config.images, views=dataclasses.replace(config.images.views, size=32)
+    )
+    torch.manual_seed(seed)
+    write_bundle(
+        folder,
+        config={
+            "objective": dataclasses.asdict(config.objective),
+            "images": dataclasses.asdict(images),
+        },
+        state=build_objective(config.objective).state_dict(),
+        tokenizer_json=None,
+        lineage={},
+        card="",
+    )
+    return folder
+
+
+def make_text_model(folder: Path, vocabulary: Vocabulary) -> Path:
+    config = recipe("text-tiny").masked_language
+    config = dataclasses.replace(
+        config, encoder=dataclasses.replace(config.encoder, vocab_size=vocabulary.size)
+    )
+    torch.manual_seed(0)
+    write_bundle(
+        folder,
+        config={"objective": dataclasses.asdict(config)},
+        state=build_objective(config).state_dict(),
+        tokenizer_json=vocabulary.json,
+        lineage={},
+        card="",
+    )
+    return folder
+
+
+def make_blotches(number: int) -> bytes:
+    """Return a PNG of soft blotches of colour, of which no two are alike."""
+    colours = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(colours).resize((120, 96), Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
+def changed(data: bytes, name: str) -> bytes:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if name == "copy-small":
+        image = image.resize((image.width * 2 // 3, image.height * 2 // 3))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=30 if name == "copy-jpeg" else 95)
+    return out.getvalue()
+
+
+def pictures() -> dict[str, bytes]:
+    found = {f"p{i:03}": make_blotches(i) for i in range(NUM_PICTURES)}
+    return found | {name: changed(found[f"p{i:03}"], name) for name, i in COPIES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A call of the command on pictures, three of which are copies."""
+
+    folder: Path
+    report: dict[str, Any]
+    said: str
+
+    @property
+    def model(self) -> str:
+        """Return the folder of the model."""
+        return str(self.folder / "model")
+
+    @property
+    def out(self) -> Path:
+        """Return what was written."""
+        return self.folder / "out"
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    del ray_session
+    folder = tmp_path_factory.mktemp("duplicates")
+    model = make_image_model(folder / "model", seed=0)
+    (folder / "data").mkdir()
+    members = [(f"{key}.jpg", data) for key, data in pictures().items()]
+    for part in range(2):
+        (folder / "data" / f"part-{part}.tar").write_bytes(make_tar(members[part::2]))
+    order = ["duplicates", str(model), str(folder / "data"), "--out", str(folder / "out")]
+    order += ["--id-field", "key", "--top", str(TOP), "--threshold", "0.98", "--json"]
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", out)
+        assert main(order) == 0
+    *said, last = out.getvalue().splitlines()
+    return Finished(folder, json.loads(last), "\n".join(said))
+
+
+def test_known_copies_rank_first(finished: Finished) -> None:
+    pairs = pq.read_table(finished.out / "pairs.parquet")
+    assert pairs.num_rows == finished.report["pairs"] == finished.report["kept_pairs"] >= 4
+    rows = pairs.to_pylist()
+    assert [row["similarity"] for row in rows] == sorted(
+        (row["similarity"] for row in rows), reverse=True
+    )
+    made = {f"p{i:03}" for i in COPIES.values()} | set(COPIES)
+    for row in rows[:3]:
+        assert {row["first"], row["second"]} <= made
+    assert rows[0]["similarity"] > 0.99
+    hashes = {key: dhash(np.asarray(decode(data, 3))) for key, data in pictures().items()}
+    for row in rows:
+        assert row["dhash_distance"] == hash_distance(hashes[row["first"]], hashes[row["second"]])
+    assert finished.report["top"] == [
+        dict(zip(("first", "second", "similarity", "likeness"), row.values(), strict=True))
+        for row in rows[:TOP]
+    ]
+
+
+def test_one_of_each_group_is_kept(finished: Finished) -> None:
+    table = pq.read_table(finished.out / "groups.parquet")
+    groups: dict[int, list[tuple[str, bool]]] = {}
+    for row in table.to_pylist():
+        groups.setdefault(row["group"], []).append((row["id"], row["keep"]))
+    kept = ("copy-of-9", True)  # in part-0, the others in part-1
+    (group,) = [group for group in groups.values() if kept in group]
+    assert {"p009", "copy-jpeg", "copy-of-9"} <= {name for name, _ in group}
+    assert all([keep for _, keep in group].count(True) == 1 for group in groups.values())
+    assert all(group[0][1] for group in groups.values())
+    assert finished.report["groups"] == len(groups)
+    assert finished.report["surplus"] == table.num_rows - len(groups)
+    told = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+    assert told["rayssl.model"] == finished.model
+    assert told["rayssl.threshold"] == "0.98"
+
+
+def test_the_sheet_shows_the_top_pairs(finished: Finished) -> None:
+    sheet = Image.open(finished.out / "sheet.png")
+    assert sheet.size == (contact_sheet([]).width, GAP + TOP * (GAP + SIDE))
+    made = pictures()
+    for number, pair in enumerate(finished.report["top"]):
+        for column, key in enumerate((pair["first"], pair["second"])):
+            expected = thumbnail(np.asarray(decode(made[key], 3)))
+            shown = np.asarray(sheet.crop(box_of(number, column, expected.shape)))
+            np.testing.assert_array_equal(shown, expected)
+
+
+def test_the_table_has_ids_similarity_and_dhash(finished: Finished) -> None:
+    lines = finished.said.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("first"))
+    assert lines[head].split() == ["first", "second", "similarity", "dhash_distance"]
+    top = finished.report["top"][0]
+    assert lines[head + 1].split() == [
+        top["first"],
+        top["second"],
+        f"{top['similarity']:.4f}",
+        str(top["likeness"]),
+    ]
+    assert f"of {NUM_PICTURES + len(COPIES)} reach 0.98" in lines[-2]
+
+
+def test_the_nearest_of_an_indexed_picture_is_itself(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = tmp_path / "query.png"
+    query.write_bytes(pictures()["p009"])
+    order = ["nearest", finished.model, str(finished.out / "embeddings"), str(query)]
+    assert main([*order, "--top", "4", "--json"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["nearest"]
+    assert [neighbour["id"] for neighbour in found[:1]] == ["p009"]
+    assert found[0]["similarity"] == pytest.approx(1, abs=1e-4)
+    assert {"copy-jpeg", "copy-of-9"} <= {neighbour["id"] for neighbour in found}
+    assert len(found) == 4
+
+
+def test_what_cannot_be_searched_is_refused_in_one_line(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_image_model(tmp_path / "other", seed=1)
+    index = str(finished.out / "embeddings")
+    (tmp_path / "page.jpg").write_text("<html>")
+    for arguments, code, said in [
+        ([str(other), index, "x.jpg"], 2, "the index is of another model"),
+        ([finished.model, str(tmp_path), "x.jpg"], 2, "no embeddings in"),
+        ([finished.model, index, "absent.jpg"], 2, "cannot read the picture 'absent.jpg'"),
+        ([finished.model, index, str(tmp_path / "page.jpg")], 65, "not-an-image"),
+        ([finished.model, index, "x.jpg", "--top", "0"], 2, "--top must be at least 1"),
+    ]:
+        assert main(["nearest", *arguments]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_documents_are_compared_by_shingles_and_have_no_sheet(
+    vocabulary: Vocabulary, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_text_model(tmp_path / "model", vocabulary)
+    texts = {
+        "tide": "the captain sails home before the tide turns in the harbour",
+        "fish": "a whale and a reef",
+        "again": "the captain sails home before the tide turns in the harbour",
+    }
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"id": k, "text": v}) + "\n" for k, v in texts.items()))
+    order = ["duplicates", str(model), str(data), "--out", str(tmp_path / "out")]
+    assert main([*order, "--id-field", "id", "--threshold", "0.9999"]) == 0
+    assert "first" in capsys.readouterr().out
+    (pair,) = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert (pair["first"], pair["second"], pair["jaccard"]) == ("tide", "again", 1.0)
+    assert not (tmp_path / "out" / "sheet.png").exists()
+
+    order = ["nearest", str(model), str(tmp_path / "out" / "embeddings"), texts["fish"]]
+    assert main([*order, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["nearest"][0]["id"] == "fish"
+
+    data.write_text('{"text": "a whale"}\n')
+    order = ["duplicates", str(model), str(data), "--out"]
+    for out, more, said in [
+        ("one", [], "there is 1 item in the data: it takes two"),
+        ("two", ["--threshold", "95"], "--threshold must be in -1..1"),
+    ]:
+        assert main([*order, str(tmp_path / out), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    data.write_text("")
+    assert main([*order, str(tmp_path / "three")]) == 65
+    assert "none of 0 records" in capsys.readouterr().err
