@@ -24,8 +24,8 @@ class Duplicates:
     """Files, folders or quoted globs; --source.heldout-ratio keeps none of them out."""
     out: Path
     """Folder of what is found; the embeddings below it are made once."""
-    threshold: float = 0.95
-    """Cosine from which two items are a pair, of embeddings whose mean is taken off."""
+    threshold: float = 0.97
+    """Cosine from which two items are a pair; which one is right depends on the encoder."""
     top: int = 20
     """How many pairs to show, on the sheet too."""
     id_field: str = ""

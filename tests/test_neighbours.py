@@ -1,11 +1,11 @@
-"""The search in tiles finds what all against all finds, and centring is what it says."""
+"""The search in tiles finds what all against all finds, and keeps the most alike."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from pipelines.use import neighbours
-from pipelines.use.neighbours import MIN_TO_CENTRE, centre, find_pairs, nearest, on_sphere
+from pipelines.use.neighbours import find_pairs, nearest, on_sphere
 
 
 @pytest.fixture(params=[7, 64, 4096])
@@ -19,7 +19,7 @@ def clustered(count: int = 300, size: int = 12) -> NDArray[np.float32]:
     vectors = dice.normal(size=(count, size))
     near = dice.integers(0, count, count // 3)
     vectors[: count // 3] = vectors[near] + 0.2 * dice.normal(size=(count // 3, size))
-    return on_sphere(vectors.astype(np.float32), np.zeros(size, np.float32))
+    return on_sphere(vectors.astype(np.float32))
 
 
 def all_pairs(unit: NDArray[np.float32], threshold: float) -> dict[tuple[int, int], float]:
@@ -86,15 +86,12 @@ def test_the_nearest_are_those_of_brute_force() -> None:
     assert nearest(unit[:4], queries, 9)[0].shape == (2, 4)
 
 
-def test_the_mean_is_taken_off_and_what_is_left_has_length_1() -> None:
-    vectors = np.abs(clustered()) + 5
-    mean = centre(vectors)
-    unit = on_sphere(vectors, mean)
-    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
-    cosines = unit @ unit.T
-    assert cosines.min() < -0.5
-    assert on_sphere(mean[None], mean).tolist() == [[0.0] * 12]
-
-    few = vectors[: MIN_TO_CENTRE - 1]
-    assert not centre(few).any()
-    assert (on_sphere(few, centre(few)) @ few[0] > 0).all()
+def test_embeddings_have_length_1_and_zeros_stay() -> None:
+    vectors = 7 * clustered()
+    vectors[5] = 0
+    unit = on_sphere(vectors)
+    lengths = np.linalg.norm(unit, axis=1)
+    assert lengths[5] == 0
+    np.testing.assert_allclose(np.delete(lengths, 5), 1, atol=1e-6)
+    np.testing.assert_allclose(unit[0] * np.linalg.norm(vectors[0]), vectors[0], rtol=1e-5)
+    assert not (find_pairs(unit, 0.1, 10**6).pairs.first == 5).any()

@@ -4,8 +4,8 @@
     python -m infra.bench.duplicates models:/NAME@candidate samples/photos
 
 Every photo is changed in each way of `CHANGES`. A pair is a photo and a changed copy of any photo,
-and is right if the copy is its own. Photos of one scene are no wrong pair: their keys, or ids,
-are equal up to trailing numbers, as those of a series are.
+and is right if the copy is its own. Photos of one series, by their keys such as walls-l, walls-r,
+show the same things and are no wrong pair.
 
 The threshold of each method is the lowest that reaches a precision of 0.99 over all changes on one
 half of the scenes, and is measured on the other half; both halves in turn. A precision depends on
@@ -41,7 +41,9 @@ from ssl_models.autoencoder import Autoencoder
 from ssl_models.contrastive import Contrastive
 
 PRECISION = 0.99
-SERIES = re.compile(r"[-_. ]?(\d+|[lr])(?![a-zA-Z])[-_.\d]*$")
+SERIES = re.compile(r"[-_]?\d*([-_](\d+|[lr]))?$")
+Embedded = dict[str, NDArray[np.float32]]
+"""Of each change, the embeddings of the copies; of "", those of the photos."""
 Scores = dict[str, NDArray[np.float64]]
 """Of each change: how alike photo i and the changed copy of photo j are, (photos, photos)."""
 
@@ -112,8 +114,16 @@ def read_photos(data: Sequence[str]) -> list[Photo]:
         keys = list(field_values(manifest, number, KEY))
         for picture in manifest.read(number, "training"):
             key = keys[picture.record - block.first_record] or ""
-            photos.append(Photo(SERIES.sub("", key) or key, picture.data))
+            photos.append(Photo(scene_of(key), picture.data))
     return photos
+
+
+def scene_of(key: str) -> str:
+    """Return what the keys of a series share: of campus-P1070491 it is P, of images-walls-l walls.
+
+    A key that is a number alone is a scene of its own.
+    """
+    return SERIES.sub("", key.partition("-")[2] or key) or key
 
 
 def measure(encoder: Encoder, photos: Sequence[Photo]) -> dict[str, Any]:
@@ -123,9 +133,9 @@ def measure(encoder: Encoder, photos: Sequence[Photo]) -> dict[str, Any]:
     untrained = _untrained(encoder)
     trained = _embed(encoder, originals, copies)
     methods = {
-        "embeddings": _cosines(trained, is_centred=True),
-        "embeddings with their mean": _cosines(trained, is_centred=False),
-        "embeddings before training": _cosines(_embed(untrained, originals, copies), True),
+        "embeddings": _cosines(trained),
+        "embeddings without their mean": _cosines(_centred(trained)),
+        "embeddings before training": _cosines(_embed(untrained, originals, copies)),
         "dhash": _hash_scores(originals, copies),
     }
     scenes = np.unique([photo.scene for photo in photos], return_inverse=True)[1]
@@ -163,15 +173,18 @@ def _untrained(encoder: Encoder) -> Encoder:
 
 def _embed(
     encoder: Encoder, originals: Sequence[bytes], copies: Mapping[str, Sequence[bytes]]
-) -> dict[str, NDArray[np.float32]]:
+) -> Embedded:
     embedded = {change: encoder.encode(made) for change, made in copies.items()}
     return {"": encoder.encode(originals), **embedded}
 
 
-def _cosines(embedded: Mapping[str, NDArray[np.float32]], is_centred: bool) -> Scores:
-    every = np.concatenate(list(embedded.values()))
-    mean = neighbours.centre(every) if is_centred else np.zeros_like(every[0])
-    unit = {change: neighbours.on_sphere(vectors, mean) for change, vectors in embedded.items()}
+def _centred(embedded: Embedded) -> Embedded:
+    mean = np.concatenate(list(embedded.values())).mean(axis=0)
+    return {change: vectors - mean for change, vectors in embedded.items()}
+
+
+def _cosines(embedded: Embedded) -> Scores:
+    unit = {change: neighbours.on_sphere(vectors) for change, vectors in embedded.items()}
     return {change: (unit[""] @ unit[change].T).astype(np.float64) for change in CHANGES}
 
 

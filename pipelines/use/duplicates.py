@@ -59,8 +59,6 @@ class Duplicates:
     groups: int
     surplus: int
     """Items that go if one of each group is kept."""
-    centred: bool
-    """Whether the mean of the embeddings was taken off: not of fewer than a hundred."""
     files: tuple[str, ...]
     """What was written."""
     top: tuple[Pair, ...] = field(repr=False)
@@ -81,15 +79,13 @@ def find_duplicates(job: EmbedJob, out: Path, threshold: float, top: int) -> Dup
     index = read_index(job.out)
     if (items := len(index.vectors)) < 2:
         raise UserError(f"there is {items} item in the data: it takes two to be duplicates")
-    mean = neighbours.centre(index.vectors)
-    found = neighbours.find_pairs(neighbours.on_sphere(index.vectors, mean), threshold, MAX_PAIRS)
+    found = neighbours.find_pairs(neighbours.on_sphere(index.vectors), threshold, MAX_PAIRS)
     pairs = _pairs_table(job, index, found)
     groups = _groups_table(index, found)
-    told = {f"{PREFIX}threshold": str(threshold), f"{PREFIX}centred": str(bool(mean.any()))}
+    told = job.metadata | {f"{PREFIX}threshold": str(threshold)}
     files = [out / "pairs.parquet", out / "groups.parquet"]
     for path, table in zip(files, (pairs, groups), strict=True):
-        table = table.replace_schema_metadata(job.metadata | told)
-        write_file(path, partial(pq.write_table, table))
+        write_file(path, partial(pq.write_table, table.replace_schema_metadata(told)))
     best = tuple(Pair(*row.values()) for row in pairs.slice(0, top).to_pylist())
     if job.encoder.modality == "images" and best:
         files.append(out / "sheet.png")
@@ -101,7 +97,6 @@ def find_duplicates(job: EmbedJob, out: Path, threshold: float, top: int) -> Dup
         kept_pairs=pairs.num_rows,
         groups=kept,
         surplus=groups.num_rows - kept,
-        centred=bool(mean.any()),
         files=tuple(map(str, files)),
         top=best,
     )

@@ -78,10 +78,9 @@ def nearest(encoder: Encoder, sha256: str, index: Index, query: str, top: int) -
         )
     if top < 1:
         raise UserError(f"--top must be at least 1, got {top}")
-    mean = neighbours.centre(index.vectors)
     embedded = encoder.encode([query] if encoder.modality == "text" else [_picture(query)])
-    unit = neighbours.on_sphere(index.vectors, mean)
-    numbers, cosines = neighbours.nearest(unit, neighbours.on_sphere(embedded, mean), top)
+    unit = neighbours.on_sphere(index.vectors)
+    numbers, cosines = neighbours.nearest(unit, neighbours.on_sphere(embedded), top)
     ids = index.names["id"].take(numbers[0]).to_pylist()
     return [Neighbour(*found) for found in zip(ids, cosines[0].tolist(), strict=True)]
 

@@ -16,8 +16,6 @@ Numbers = NDArray[np.int64]
 
 TILE = 4096
 """Embeddings on either side of a tile of similarities: 64 MB."""
-MIN_TO_CENTRE = 100
-"""The mean of fewer embeddings tells more of what they are of than of the encoder."""
 ROUNDING = 1e-6
 """By which the similarity of equal embeddings may miss 1."""
 
@@ -41,23 +39,15 @@ class Found(NamedTuple):
     """Number of the group of each embedding; two that are joined by pairs have the same."""
 
 
-def centre(vectors_nD: Vectors) -> Vectors:
-    """Return the mean (D,) that is taken off before angles are compared.
+def on_sphere(vectors_nD: Vectors) -> Vectors:
+    """Return the embeddings at length 1, zeros as they are.
 
-    Features that come out of a ReLU all point one way, and those of BERT nearly so: without their
-    mean, cosines spread over the whole of [-1, 1]. Of a handful of embeddings it is 0.
+    Their mean is left in, though features that come out of a ReLU all point one way: without it
+    copies were told from others less well, of pictures and of texts (infra/bench/duplicates.py),
+    and how alike two items are would depend on all others.
     """
-    if len(vectors_nD) < MIN_TO_CENTRE:
-        return np.zeros(vectors_nD.shape[1], np.float32)
-    mean_D: Vectors = vectors_nD.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean_D
-
-
-def on_sphere(vectors_nD: Vectors, mean_D: Vectors) -> Vectors:
-    """Return the embeddings without their mean, at length 1; what is the mean itself stays 0."""
-    unit_nD = vectors_nD - mean_D
-    length_n1 = np.linalg.norm(unit_nD, axis=1, keepdims=True)
-    unit_nD /= np.maximum(length_n1, np.finfo(np.float32).tiny)
+    length_n1 = np.linalg.norm(vectors_nD, axis=1, keepdims=True)
+    unit_nD: Vectors = vectors_nD / np.maximum(length_n1, np.finfo(np.float32).tiny)
     return unit_nD
 
 
