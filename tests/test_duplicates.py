@@ -20,7 +20,7 @@ from pipelines.use.bundle import write_bundle
 from pipelines.use.contact_sheet import GAP, SIDE, box_of, contact_sheet, thumbnail
 from pipelines.use.likeness import dhash, hash_distance
 from ssl_models import build_objective
-from tests.pictures import make_tar
+from tests.pictures import make_blotches, make_tar
 
 NUM_PICTURES = 60
 COPIES = {"copy-small": 4, "copy-jpeg": 9, "copy-of-9": 9}
@@ -62,14 +62,6 @@ def make_text_model(folder: Path, vocabulary: Vocabulary) -> Path:
         card="",
     )
     return folder
-
-
-def make_blotches(number: int) -> bytes:
-    """Return a PNG of soft blotches of colour, of which no two are alike."""
-    colours = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(colours).resize((120, 96), Image.Resampling.BICUBIC).save(out, "PNG")
-    return out.getvalue()
 
 
 def changed(data: bytes, name: str) -> bytes:

@@ -1,7 +1,7 @@
 """Whether embeddings find near-duplicate photos: precision and recall, beside dHash.
 
     rayssl samples photos
-    python -m infra.bench.duplicates models:/NAME@candidate samples/photos
+    python -m infra.bench.duplicates samples/photos --model models:/NAME@candidate
 
 Every photo is changed in each way of `CHANGES`. A pair is a photo and a changed copy of any photo,
 and is right if the copy is its own. Photos of one series, by their keys such as walls-l, walls-r,
@@ -96,13 +96,13 @@ CHANGES: dict[str, tuple[Callable[[Image.Image, random.Random], Image.Image], in
 def main() -> None:
     """Measure, print the result and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
     parser.add_argument("data", nargs="+")
+    parser.add_argument("--model", action="append", required=True, help="may be given again")
     parser.add_argument("--tracking-uri", default="sqlite:///mlflow.db")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    encoder = load_encoder(given.model, given.tracking_uri)
-    keep("duplicates", {"model": given.model, **measure(encoder, read_photos(given.data))})
+    encoders = {uri: load_encoder(uri, given.tracking_uri) for uri in given.model}
+    keep("duplicates", measure(encoders, read_photos(given.data)))
 
 
 def read_photos(data: Sequence[str]) -> list[Photo]:
@@ -126,18 +126,19 @@ def scene_of(key: str) -> str:
     return SERIES.sub("", key.partition("-")[2] or key) or key
 
 
-def measure(encoder: Encoder, photos: Sequence[Photo]) -> dict[str, Any]:
-    """Return what each method finds."""
+def measure(encoders: Mapping[str, Encoder], photos: Sequence[Photo]) -> dict[str, Any]:
+    """Return what dHash finds, and the embeddings of each encoder."""
     copies = {change: [_changed(photo, change) for photo in photos] for change in CHANGES}
     originals = [photo.data for photo in photos]
-    untrained = _untrained(encoder)
-    trained = _embed(encoder, originals, copies)
-    methods = {
-        "embeddings": _cosines(trained),
-        "embeddings without their mean": _cosines(_centred(trained)),
-        "embeddings before training": _cosines(_embed(untrained, originals, copies)),
-        "dhash": _hash_scores(originals, copies),
-    }
+    methods = {"dhash": _hash_scores(originals, copies)}
+    for name, encoder in encoders.items():
+        trained = _embed(encoder, originals, copies)
+        untrained = _embed(_untrained(encoder), originals, copies)
+        methods |= {
+            name: _cosines(trained),
+            f"{name} without the mean": _cosines(_centred(trained)),
+            f"{name} before training": _cosines(untrained),
+        }
     scenes = np.unique([photo.scene for photo in photos], return_inverse=True)[1]
     is_own = np.eye(len(photos), dtype=bool)
     counts = is_own | (scenes[:, None] != scenes[None, :])
@@ -149,9 +150,12 @@ def measure(encoder: Encoder, photos: Sequence[Photo]) -> dict[str, Any]:
         "pairs_of_each_change": {"right": len(photos), "wrong": int((counts & ~is_own).sum())},
         "precision_asked_for": PRECISION,
         "methods": {name: _report(scores, scenes, counts) for name, scores in methods.items()},
-        f"embeddings at the default threshold {default}": {
-            change: _at(scores[counts], is_own[counts], default)
-            for change, scores in methods["embeddings"].items()
+        f"at the default threshold of {default}": {
+            name: {
+                change: _at(values[counts], is_own[counts], default)
+                for change, values in methods[name].items()
+            }
+            for name in encoders
         },
     }
 
