@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from pipelines.data.shards import SourceConfig
+from pipelines.errors import UserError
 from pipelines.tables import table
 from pipelines.verbs import Address, Model, all_of, indexed, print_ledger
 
@@ -43,6 +44,9 @@ class Duplicates:
         from pipelines.use.embed import EmbedJob, embed
         from pipelines.use.registry import open_model
 
+        if not -1 <= self.threshold <= 1:
+            raise UserError(f"--threshold must be in -1..1, a cosine, got {self.threshold}")
+        _check_top(self.top)
         model, sha256, encoder = open_model(self.model, self.tracking_uri)
         embeddings = self.out / "embeddings"
         cache = embeddings / ".manifest.json"
@@ -81,16 +85,26 @@ class Nearest:
     """A text, or for a model of images the path of a picture."""
     top: int = 10
     """How many to show."""
+    ann: bool = False
+    """Search a graph, made once beside the index: nearly exact, for millions of items."""
     tracking_uri: str = "sqlite:///mlflow.db"
     """Where the model is registered."""
 
     def run(self) -> dict[str, Any]:
         """Print ids and cosines, the nearest first."""
-        from pipelines.use.nearest import nearest, read_index
+        from pipelines.use.nearest import embed_query, nearest, probably_nearest, read_index
         from pipelines.use.registry import open_model
 
+        _check_top(self.top)
         model, sha256, encoder = open_model(self.model, self.tracking_uri)
-        found = nearest(encoder, sha256, read_index(self.index), self.query, self.top)
+        index = read_index(self.index)
+        query = embed_query(encoder, sha256, index, self.query)
+        found = (probably_nearest if self.ann else nearest)(index, query, self.top)
         rows = [(neighbour.id, f"{neighbour.similarity:.4f}") for neighbour in found]
         print(table(("id", "similarity"), rows))
         return {"model": model, "nearest": [neighbour._asdict() for neighbour in found]}
+
+
+def _check_top(top: int) -> None:
+    if top < 1:
+        raise UserError(f"--top must be at least 1, got {top}")

@@ -194,6 +194,15 @@ def test_the_nearest_of_an_indexed_picture_is_itself(
     assert {"copy-jpeg", "copy-of-9"} <= {neighbour["id"] for neighbour in found}
     assert len(found) == 4
 
+    for _ in range(2):  # the second time by the graph that is there
+        assert main([*order, "--top", "4", "--json", "--ann"]) == 0
+        *_, last = capsys.readouterr().out.splitlines()
+        graph = json.loads(last)["nearest"]
+        assert [neighbour["id"] for neighbour in graph] == [neighbour["id"] for neighbour in found]
+        for one, other in zip(graph, found, strict=True):
+            assert one["similarity"] == pytest.approx(other["similarity"], abs=1e-4)
+    assert len(list((finished.out / "embeddings").glob(".graph-*.usearch"))) == 1
+
 
 def test_what_cannot_be_searched_is_refused_in_one_line(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -241,6 +250,7 @@ def test_documents_are_compared_by_shingles_and_have_no_sheet(
     for out, more, said in [
         ("one", [], "there is 1 item in the data: it takes two"),
         ("two", ["--threshold", "95"], "--threshold must be in -1..1"),
+        ("two", ["--top", "0"], "--top must be at least 1"),
     ]:
         assert main([*order, str(tmp_path / out), *more]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -69,13 +69,9 @@ def find_duplicates(job: EmbedJob, out: Path, threshold: float, top: int) -> Dup
     """Find the near-duplicates of a corpus that is embedded, and write them to a folder.
 
     Raises:
-        UserError: If there are no two items, or the threshold is no cosine.
+        UserError: If there are no two items.
         StorageError: If a file cannot be written.
     """
-    if not -1 <= threshold <= 1:
-        raise UserError(f"--threshold must be in -1..1, the cosines, got {threshold}")
-    if top < 1:
-        raise UserError(f"--top must be at least 1, got {top}")
     index = read_index(job.out)
     if (items := len(index.vectors)) < 2:
         raise UserError(f"there is {items} item in the data: it takes two to be duplicates")
