@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,21 @@ def test_the_table_has_ids_similarity_and_dhash(finished: Finished) -> None:
         str(top["likeness"]),
     ]
     assert f"of {NUM_PICTURES + len(COPIES)} reach 0.9995" in lines[-2]
+
+
+def test_another_threshold_takes_the_embeddings_that_are_there(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("embeddings/*.parquet")}
+    order = ["duplicates", finished.model, str(finished.folder / "data"), "--out", str(out)]
+    assert main([*order, "--id-field", "key", "--threshold", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {path: path.stat().st_mtime_ns for path in out.glob("embeddings/*.parquet")} == stamps
+    assert (report["pairs"], report["groups"], report["surplus"]) == (0, 0, 0)
+    assert pq.read_table(out / "pairs.parquet").num_rows == 0
+    assert pq.read_table(out / "groups.parquet").num_rows == 0
+    assert Image.open(out / "sheet.png").height == GAP
 
 
 def test_the_nearest_of_an_indexed_picture_is_itself(

@@ -83,7 +83,7 @@ def find_duplicates(job: EmbedJob, out: Path, threshold: float, top: int) -> Dup
     for path, table in zip(files, (pairs, groups), strict=True):
         write_file(path, partial(pq.write_table, table.replace_schema_metadata(told)))
     best = tuple(Pair(*row.values()) for row in pairs.slice(0, top).to_pylist())
-    if job.encoder.modality == "images" and best:
+    if job.encoder.modality == "images":
         files.append(out / "sheet.png")
         write_file(files[-1], lambda aside: _sheet(job, index, found, best).save(aside, "PNG"))
     kept = sum(groups["keep"].to_pylist())
