@@ -67,7 +67,8 @@ class Duplicates:
         print(table(head, rows))
         print(
             f"{found.pairs} pairs of {found.items} reach {self.threshold:g}, in {found.groups} "
-            f"groups: without {found.surplus} of them one of each group is left\n"
+            f"groups of at most {found.largest_group}; "
+            f"one of each is left without {found.surplus}\n"
             f"in {', '.join(found.files)}"
         )
         top = [pair._asdict() for pair in found.top]

@@ -150,7 +150,8 @@ def test_one_of_each_group_is_kept(finished: Finished) -> None:
         (1, "p009", False),
         (1, "copy-jpeg", False),
     ]
-    assert (finished.report["groups"], finished.report["surplus"]) == (2, 3)
+    report = finished.report
+    assert (report["groups"], report["largest_group"], report["surplus"]) == (2, 3, 3)
     told = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
     assert told["rayssl.model"] == finished.model
     assert told["rayssl.threshold"] == "0.9995"

@@ -57,6 +57,8 @@ class Duplicates:
     kept_pairs: int
     """Of them, in pairs.parquet."""
     groups: int
+    largest_group: int
+    """Items in it; a large one is a chain of pairs and no set of copies: raise the threshold."""
     surplus: int
     """Items that go if one of each group is kept."""
     files: tuple[str, ...]
@@ -92,6 +94,7 @@ def find_duplicates(job: EmbedJob, out: Path, threshold: float, top: int) -> Dup
         pairs=found.num_pairs,
         kept_pairs=pairs.num_rows,
         groups=kept,
+        largest_group=int(np.bincount(found.groups_n).max()) if kept else 0,
         surplus=groups.num_rows - kept,
         files=tuple(map(str, files)),
         top=best,

@@ -43,8 +43,8 @@ def on_sphere(vectors_nD: Vectors) -> Vectors:
     """Return the embeddings at length 1, zeros as they are.
 
     Their mean is left in, though features that come out of a ReLU all point one way. Without it
-    autoencoders told copies a little better from other photos, encoders of triplets and of text
-    less well (infra/bench/duplicates.py), and how alike two items are would depend on the rest.
+    autoencoders told some copies of photos better, encoders of triplets less well, as infra/bench
+    has it, and encoders of text less well, too; how alike two items are would depend on the rest.
     """
     length_n1 = np.linalg.norm(vectors_nD, axis=1, keepdims=True)
     unit_nD: Vectors = vectors_nD / np.maximum(length_n1, np.finfo(np.float32).tiny)
