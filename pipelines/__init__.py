@@ -17,6 +17,8 @@
     use/evaluate.py         held-out documents -> figures beside what they have to beat
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
     use/embed.py            documents -> Parquet files with ids, each written once
+    use/duplicates.py       embeddings -> pairs that are alike, groups, a sheet of the pictures
+    use/nearest.py          embeddings and a query -> the nearest; neighbours.py searches for both
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py
     use/compare_models.py   candidate and champion -> scores on the same held-out items
     use/promotion.py        scores -> intervals (comparison.py) -> `champion` moves, or stays

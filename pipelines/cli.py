@@ -14,6 +14,7 @@ import tyro
 from pipelines.errors import INTERRUPTED, UserError, nearest
 from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
 from pipelines.verbs_registry import Models, Promote, Rollback
+from pipelines.verbs_search import Duplicates, Nearest
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -26,6 +27,8 @@ VERBS: dict[str, Any] = {
     "pretrain": None,
     "evaluate": Evaluate,
     "embed": Embed,
+    "duplicates": Duplicates,
+    "nearest": Nearest,
     "fill-mask": FillMask,
     "export": Export,
     "verify": Verify,
@@ -40,6 +43,7 @@ EXIT_CODES = {"FAIL": 1, "REFUSED": 3}
 GOES_ON = {
     "pretrain": "; the same command goes on from the newest commit",
     "embed": "; the same command goes on after the files that are there",
+    "duplicates": "; the same command goes on after the embeddings that are there",
 }
 """What is said to who has interrupted a verb."""
 
@@ -52,6 +56,8 @@ HELP = """usage: rayssl VERB [flags] [--json]
   pretrain   pretrain an encoder on raw shards, evaluate and register it
   evaluate   measure a run or a model on documents that it was not trained on
   embed      embed the documents of raw shards into Parquet files with ids
+  duplicates find near-duplicates by embeddings, and what to drop
+  nearest    show which items of an index are most like a text or a picture
   fill-mask  show what an encoder puts in the place of [MASK]
   export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed

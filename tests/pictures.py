@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 SHAPES = ("ellipse", "rectangle", "line")
@@ -26,6 +27,14 @@ def make_picture(number: int, size: int = 24) -> bytes:
         getattr(draw, SHAPES[number % len(SHAPES)])(box, fill=colour())
     out = io.BytesIO()
     image.save(out, "PNG" if number % 2 else "JPEG", quality=90)
+    return out.getvalue()
+
+
+def make_blotches(number: int) -> bytes:
+    """Return a PNG of soft blotches of colour, of which no two are alike."""
+    colours = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(colours).resize((120, 96), Image.Resampling.BICUBIC).save(out, "PNG")
     return out.getvalue()
 
 

@@ -167,7 +167,7 @@ def test_pretrain_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]
         (["pretrian"], "no verb 'pretrian'. Did you mean 'pretrain'?"),
         (["pretrain", "text-tny"], "no recipe 'text-tny'. Did you mean 'text-tiny'?"),
         (["samples", "wikipdia"], "no sample 'wikipdia'. Did you mean 'wikipedia'?"),
-        (["zzz"], "no verb 'zzz'. Known: embed, evaluate, export, fill-mask, "),
+        (["zzz"], "no verb 'zzz'. Known: duplicates, embed, evaluate, export, "),
     ],
 )
 def test_a_mistyped_name_gets_the_nearest_right_one(

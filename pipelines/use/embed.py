@@ -23,7 +23,7 @@ from pipelines.cluster import unwrap
 from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
 from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
 from pipelines.data.fields import field_values
-from pipelines.data.manifest import Document, Manifest
+from pipelines.data.manifest import Document, Manifest, Picture
 from pipelines.errors import DataError, UserError
 from pipelines.storage import held, write_file
 from pipelines.use.encoder import Encoder
@@ -145,18 +145,22 @@ def embed(job: EmbedJob, workers: int) -> EmbedReport:
 
 def write_unit(job: EmbedJob, unit: int) -> int:
     """Embed the documents of a unit into its file; return how many there are."""
-    documents: list[Document] = []
+    items: list[Document | Picture] = []
     names = []
     for number in job.units[unit]:
         found = job.manifest.read(number, "training")
-        documents += found
+        items += found
         names.append(_names(job, number, found))
-    features = job.encoder.encode([document.text for document in documents])
+    features = job.encoder.encode([_content(item) for item in items])
     vectors = pa.FixedSizeListArray.from_arrays(features.reshape(-1), job.dimension)
     table = pa.concat_tables(names).append_column("embedding", vectors)
     table = table.replace_schema_metadata(job.metadata)
     write_file(job.path(unit), lambda aside: pq.write_table(table, aside, use_dictionary=["shard"]))
-    return len(documents)
+    return len(items)
+
+
+def _content(item: Document | Picture) -> Any:
+    return item.data if isinstance(item, Picture) else item.text
 
 
 def _names(job: EmbedJob, number: int, documents: Sequence[Document]) -> pa.Table:
