@@ -21,6 +21,8 @@ from pipelines.tables import table
 
 if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
+    from pipelines.use.embed import EmbedJob
+    from pipelines.use.encoder import Encoder
     from pipelines.use.evaluate import Evaluation
 
 Model = Annotated[
@@ -147,30 +149,21 @@ class Embed:
 
     def run(self) -> dict[str, Any]:
         """Print the ledger and how fast it went. Long documents are cut to the encoder's rows."""
-        from pipelines.use.embed import EmbedJob, embed
+        from pipelines.use.embed import embed
         from pipelines.use.registry import open_model
 
-        model, sha256, encoder = open_model(self.model, self.tracking_uri)
-        _ = encoder.vocabulary  # refused before anything is read, if it is not of text
-        cache = self.out / ".manifest.json"
-        with indexed(self, all_of(self.source), cache, self.workers) as manifest:
-            job = EmbedJob(
-                encoder=encoder,
-                model=model,
-                bundle_sha256=sha256,
-                manifest=manifest,
-                out=self.out.resolve(),
-                id_field=self.id_field,
-            )
+        opened = open_model(self.model, self.tracking_uri)
+        _ = opened[2].vocabulary  # refused before anything is read, if it is not of text
+        with embed_job(self, opened, self.out) as job:
             report = embed(job, self.workers)
         print_ledger(job.manifest, "embedded")
         print(
-            f"{report.documents} embeddings of {report.dimension} numbers by {model} in "
+            f"{report.documents} embeddings of {report.dimension} numbers by {job.model} in "
             f"{report.files} files of {self.out}, {report.found_files} of them from before; "
             f"{report.rows_per_second:.0f} documents/s"
         )
         return {
-            "model": model,
+            "model": job.model,
             "fingerprint": job.manifest.fingerprint,
             "ledger": {fate: vars(entry) for fate, entry in job.manifest.ledger.items()},
             **dataclasses.asdict(report),
@@ -311,6 +304,17 @@ class _Reads(Protocol):
     def address(self) -> str: ...
 
 
+class _Embeds(_Reads, Protocol):
+    """A verb that embeds what it reads."""
+
+    @property
+    def source(self) -> SourceConfig: ...
+    @property
+    def id_field(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+
+
 @contextlib.contextmanager
 def indexed(
     verb: _Reads, source: SourceConfig, cache: Path, num_cpus: int = 1
@@ -328,6 +332,27 @@ def indexed(
         manifest = index(verb.data, source, cache)
         check(manifest)
         yield manifest
+
+
+@contextlib.contextmanager
+def embed_job(verb: _Embeds, opened: "tuple[str, str, Encoder]", out: Path) -> "Iterator[EmbedJob]":
+    """Index all data of a verb, to be embedded into a folder by what `open_model` has opened.
+
+    Raises:
+        DataError: If so much is broken that it may not be used.
+    """
+    from pipelines.use.embed import EmbedJob
+
+    model, sha256, encoder = opened
+    with indexed(verb, all_of(verb.source), out / ".manifest.json", verb.workers) as manifest:
+        yield EmbedJob(
+            encoder=encoder,
+            model=model,
+            bundle_sha256=sha256,
+            manifest=manifest,
+            out=out.resolve(),
+            id_field=verb.id_field,
+        )
 
 
 def _refuse_shard(out: Path) -> None:

@@ -10,7 +10,7 @@ import tyro
 from pipelines.data.shards import SourceConfig
 from pipelines.errors import UserError
 from pipelines.tables import table
-from pipelines.verbs import Address, Model, all_of, indexed, print_ledger
+from pipelines.verbs import Address, Model, embed_job, print_ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,28 +41,18 @@ class Duplicates:
     def run(self) -> dict[str, Any]:
         """Print the most alike pairs and how much is surplus."""
         from pipelines.use.duplicates import LIKENESS, find_duplicates
-        from pipelines.use.embed import EmbedJob, embed
+        from pipelines.use.embed import embed
         from pipelines.use.registry import open_model
 
         if not -1 <= self.threshold <= 1:
             raise UserError(f"--threshold must be in -1..1, a cosine, got {self.threshold}")
         _check_top(self.top)
-        model, sha256, encoder = open_model(self.model, self.tracking_uri)
-        embeddings = self.out / "embeddings"
-        cache = embeddings / ".manifest.json"
-        with indexed(self, all_of(self.source), cache, self.workers) as manifest:
-            job = EmbedJob(
-                encoder=encoder,
-                model=model,
-                bundle_sha256=sha256,
-                manifest=manifest,
-                out=embeddings.resolve(),
-                id_field=self.id_field,
-            )
+        opened = open_model(self.model, self.tracking_uri)
+        with embed_job(self, opened, self.out / "embeddings") as job:
             embed(job, self.workers)
             found = find_duplicates(job, self.out, self.threshold, self.top)
-        print_ledger(manifest, "embedded")
-        head = ("first", "second", "similarity", LIKENESS[encoder.modality])
+        print_ledger(job.manifest, "embedded")
+        head = ("first", "second", "similarity", LIKENESS[job.encoder.modality])
         rows = [(*pair[:2], f"{pair.similarity:.4f}", f"{pair.likeness:.4g}") for pair in found.top]
         print(table(head, rows))
         print(
@@ -72,7 +62,7 @@ class Duplicates:
             f"in {', '.join(found.files)}"
         )
         top = [pair._asdict() for pair in found.top]
-        return {"model": model, **dataclasses.asdict(found), "top": top}
+        return {"model": job.model, **dataclasses.asdict(found), "top": top}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,59 +10,19 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from pipelines.cli import main
 from pipelines.data.decode import decode
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.recipes import image_tiny, recipe
-from pipelines.use.bundle import write_bundle
 from pipelines.use.contact_sheet import GAP, SIDE, box_of, contact_sheet, thumbnail
 from pipelines.use.likeness import dhash, hash_distance
-from ssl_models import build_objective
+from tests.bundles import image_bundle, text_bundle
 from tests.pictures import make_blotches, make_tar
 
 NUM_PICTURES = 60
 COPIES = {"copy-small": 4, "copy-jpeg": 9, "copy-of-9": 9}
 TOP = 3
-
-
-def make_image_model(folder: Path, seed: int) -> Path:
-    config = image_tiny()
-    images = dataclasses.replace(
-        config.images, views=dataclasses.replace(config.images.views, size=32)
-    )
-    torch.manual_seed(seed)
-    write_bundle(
-        folder,
-        config={
-            "objective": dataclasses.asdict(config.objective),
-            "images": dataclasses.asdict(images),
-        },
-        state=build_objective(config.objective).state_dict(),
-        tokenizer_json=None,
-        lineage={},
-        card="",
-    )
-    return folder
-
-
-def make_text_model(folder: Path, vocabulary: Vocabulary) -> Path:
-    config = recipe("text-tiny").masked_language
-    config = dataclasses.replace(
-        config, encoder=dataclasses.replace(config.encoder, vocab_size=vocabulary.size)
-    )
-    torch.manual_seed(0)
-    write_bundle(
-        folder,
-        config={"objective": dataclasses.asdict(config)},
-        state=build_objective(config).state_dict(),
-        tokenizer_json=vocabulary.json,
-        lineage={},
-        card="",
-    )
-    return folder
 
 
 def changed(data: bytes, name: str) -> bytes:
@@ -102,7 +62,7 @@ class Finished:
 def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     del ray_session
     folder = tmp_path_factory.mktemp("duplicates")
-    model = make_image_model(folder / "model", seed=0)
+    model = image_bundle(folder / "model", seed=0)
     (folder / "data").mkdir()
     members = [(f"{key}.jpg", data) for key, data in pictures().items()]
     for part in range(2):
@@ -224,7 +184,7 @@ def test_the_nearest_of_an_indexed_picture_is_itself(
 def test_what_cannot_be_searched_is_refused_in_one_line(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = make_image_model(tmp_path / "other", seed=1)
+    other = image_bundle(tmp_path / "other", seed=1)
     index = str(finished.out / "embeddings")
     (tmp_path / "page.jpg").write_text("<html>")
     for arguments, code, said in [
@@ -239,11 +199,23 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
         assert said in line
 
 
+def test_a_picture_that_cannot_be_decoded_is_named(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [*pictures().values()][:3]
+    members = [("a.jpg", made[0]), ("b.jpg", made[1][: len(made[1]) // 2]), ("c.jpg", made[2])]
+    (tmp_path / "x.tar").write_bytes(make_tar(members))
+    order = ["duplicates", finished.model, str(tmp_path / "x.tar"), "--out", str(tmp_path / "out")]
+    assert main(order) == 65
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "record 1 of x.tar: quarantined:cut-image; take this picture out of the shard" in line
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_documents_are_compared_by_shingles_and_have_no_sheet(
     vocabulary: Vocabulary, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = make_text_model(tmp_path / "model", vocabulary)
+    model = text_bundle(tmp_path / "model", vocabulary)
     texts = {
         "tide": "the captain sails home before the tide turns in the harbour",
         "fish": "a whale and a reef",

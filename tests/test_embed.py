@@ -20,11 +20,10 @@ from pipelines.data.manifest import Manifest
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, StorageError, UserError
-from pipelines.recipes import recipe
-from pipelines.use.bundle import manifest_sha256, write_bundle
+from pipelines.use.bundle import manifest_sha256
 from pipelines.use.embed import EmbedJob, embed, write_unit
 from pipelines.use.registry import load_encoder
-from ssl_models import build_objective
+from tests.bundles import text_bundle
 from tests.command import command
 from tests.corpus import serial_map, write_corpus
 
@@ -44,24 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "encoder", vocabulary, seed=0)
-
-
-def make_bundle(folder: Path, vocabulary: Vocabulary, seed: int) -> Path:
-    config = recipe("text-tiny").masked_language
-    config = dataclasses.replace(
-        config, encoder=dataclasses.replace(config.encoder, vocab_size=vocabulary.size)
-    )
-    torch.manual_seed(seed)
-    write_bundle(
-        folder,
-        config={"objective": dataclasses.asdict(config)},
-        state=build_objective(config).state_dict(),
-        tokenizer_json=vocabulary.json,
-        lineage={},
-        card="",
-    )
-    return folder
+    return text_bundle(tmp_path_factory.mktemp("bundle") / "encoder", vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +172,7 @@ def test_embeddings_of_another_model_or_corpus_are_not_mixed_in(
     job = make_job(bundle, corpus, tmp_path / "out")
     write_unit(job, 1)
     write_corpus(tmp_path / "other", num_documents=20)
-    other_bundle = make_bundle(tmp_path / "encoder", vocabulary, seed=1)
+    other_bundle = text_bundle(tmp_path / "encoder", vocabulary, seed=1)
     for other, said in [
         (make_job(other_bundle, corpus, job.out), "has bundle_sha256 "),
         (make_job(bundle, tmp_path / "other", job.out), "has fingerprint "),

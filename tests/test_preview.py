@@ -21,8 +21,8 @@ from pipelines.recipes import recipe
 from pipelines.use import quirks
 from pipelines.use.drawing import DrawnRow, draw
 from pipelines.use.quirks import Sample, describe_corpus, describe_pairs, take_sample
+from tests.bundles import text_bundle
 from tests.corpus import build_manifest, make_documents, write_corpus
-from tests.test_embed import make_bundle
 
 NOTHING_HELD_OUT = ("--source.heldout-ratio", "0")
 
@@ -237,7 +237,7 @@ def test_the_figures_are_those_of_the_vocabulary_that_the_run_starts_with(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = make_bundle(
+    source = text_bundle(
         tmp_path / "source", train_vocabulary(["a tide"] * 9, VocabularyConfig(size=300)), seed=0
     )
     order = ["preview", "text-tiny", "--data", str(corpus_dir), "--json"]

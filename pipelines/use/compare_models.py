@@ -126,7 +126,12 @@ def _compare_images(candidate: Encoder, champion: Encoder | None, data: Manifest
     drawn = _image_config(champion or candidate)
     scores: list[Floats] = []
     for pictures in _galleries(data):
-        found = [_features(encoder, drawn, pictures) for encoder in encoders]
+        shown = [_as_shown(encoder, drawn) for encoder in encoders]
+        made = {config: _views(config, pictures) for config in set(shown)}
+        found = [
+            (_features(encoder, made[config][0]), made[config][1])
+            for encoder, config in zip(encoders, shown, strict=True)
+        ]
         content = np.array([picture.content for picture in pictures])
         used = np.logical_and.reduce([usable for _, usable in found])
         if used.sum() > 1:
@@ -163,23 +168,31 @@ def _image_config(encoder: Encoder) -> ImageConfig:
     return TypeAdapter(ImageConfig).validate_python(encoder.config["images"], extra="forbid")
 
 
-def _features(
-    encoder: Encoder, drawn: ImageConfig, pictures: list[Picture]
-) -> tuple[Tensor, NDArray[np.bool_]]:
-    """Return the features (2, B, D) of two views of each picture, and which could be read."""
+def _as_shown(encoder: Encoder, drawn: ImageConfig) -> ImageConfig:
+    """Return how pairs of views are made as another pretraining draws them, at this one's size."""
     own = _image_config(encoder)
     views = replace(drawn.views, size=own.views.size)
-    maker = ImageRows(replace(own, views=views, rows="pairs", corruption=0.0))
+    return replace(own, views=views, rows="pairs", corruption=0.0)
+
+
+def _views(config: ImageConfig, pictures: list[Picture]) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Return two views of each picture, uint8 (2, B, C, H, W), and which could be read."""
+    maker = ImageRows(config)
     table = maker.rows(pictures, seed=SEED, order=0)
     arrays = maker.collate(table, seed=SEED, step=0, slot=0)
+    views = torch.from_numpy(np.stack([arrays["first"], arrays["second"]]))
+    return views, table["fate"].to_numpy() == USED
+
+
+def _features(encoder: Encoder, views_2BCHW: Tensor) -> Tensor:
+    """Return the features (2, B, D) of two views of each picture."""
     encoder.objective.eval()
     with torch.no_grad():
         features = [
             encoder.objective.encode({"image": part})
-            for name in ("first", "second")
-            for part in torch.split(torch.from_numpy(arrays[name]), ROWS_PER_BATCH)
+            for part in torch.split(views_2BCHW.flatten(0, 1), ROWS_PER_BATCH)
         ]
-    return torch.cat(features).reshape(2, len(pictures), -1), table["fate"].to_numpy() == USED
+    return torch.cat(features).reshape(*views_2BCHW.shape[:2], -1)
 
 
 def _galleries(data: Manifest) -> Iterator[list[Picture]]:

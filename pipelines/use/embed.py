@@ -26,7 +26,7 @@ from pipelines.data.fields import field_values
 from pipelines.data.manifest import Document, Manifest, Picture
 from pipelines.errors import DataError, UserError
 from pipelines.storage import held, write_file
-from pipelines.use.encoder import Encoder
+from pipelines.use.encoder import Encoder, UnreadableError
 
 PREFIX = "rayssl."
 """Of the keys in the schema of a file."""
@@ -144,16 +144,27 @@ def embed(job: EmbedJob, workers: int) -> EmbedReport:
 
 
 def write_unit(job: EmbedJob, unit: int) -> int:
-    """Embed the documents of a unit into its file; return how many there are."""
+    """Embed the items of a unit into its file; return how many there are.
+
+    Raises:
+        DataError: If a picture cannot be decoded, or an item has no id.
+    """
     items: list[Document | Picture] = []
     names = []
     for number in job.units[unit]:
         found = job.manifest.read(number, "training")
         items += found
         names.append(_names(job, number, found))
-    features = job.encoder.encode([_content(item) for item in items])
+    table = pa.concat_tables(names)
+    try:
+        features = job.encoder.encode([_content(item) for item in items])
+    except UnreadableError as error:
+        shard, record = (table[name][error.place].as_py() for name in ("shard", "record"))
+        raise DataError(
+            f"record {record} of {shard}: {error.reason}; take this picture out of the shard"
+        ) from error
     vectors = pa.FixedSizeListArray.from_arrays(features.reshape(-1), job.dimension)
-    table = pa.concat_tables(names).append_column("embedding", vectors)
+    table = table.append_column("embedding", vectors)
     table = table.replace_schema_metadata(job.metadata)
     write_file(job.path(unit), lambda aside: pq.write_table(table, aside, use_dictionary=["shard"]))
     return len(items)

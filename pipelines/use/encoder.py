@@ -24,6 +24,15 @@ CHARS_PER_TOKEN = 8
 """So many characters of a text nearly always hold a token."""
 
 
+class UnreadableError(DataError):
+    """A picture that cannot be decoded; `place` is its own among those that were given."""
+
+    def __init__(self, place: int, count: int, reason: str) -> None:
+        super().__init__(f"picture {place} of {count}: {reason}; leave it out")
+        self.place = place
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A pretrained encoder, in evaluation mode; its parameters can be trained further."""
@@ -84,7 +93,7 @@ class Encoder:
         the largest square of its middle is seen, in the size of the pretraining.
 
         Raises:
-            DataError: If an item is no picture, with its place and the reason.
+            UnreadableError: If an item is no picture, with its place and the reason.
         """
         rows: list[Any] = self._text_rows(items) if self.pieces else self._pixels(items)
         # All pictures have one size, and so keep their order.
@@ -113,7 +122,7 @@ class Encoder:
         for i, data in enumerate(pictures):
             pixels = maker.plain(data)
             if isinstance(pixels, Rejected):
-                raise DataError(f"picture {i} of {len(pictures)}: {pixels.reason}; leave it out")
+                raise UnreadableError(i, len(pictures), pixels.reason)
             made.append(pixels)
         return made
 
