@@ -74,9 +74,11 @@ def losses(run: Run) -> dict[int, float]:
 
 
 def bundle(run: Run) -> dict[str, bytes]:
-    """Return the files of a bundle but for what names the run and the time."""
+    """Return the files of a bundle but for what names the run."""
     files = {path.name: path.read_bytes() for path in (run.dir / "bundle").iterdir()}
-    return {name: data for name, data in files.items() if name not in BY_RUN}
+    card, lineage, _ = files["MODEL_CARD.md"].partition(b"## Lineage")
+    assert lineage
+    return {n: data for n, data in files.items() if n not in BY_RUN} | {"MODEL_CARD.md": card}
 
 
 BY_RUN = ("lineage.json", "manifest.json")
