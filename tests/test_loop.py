@@ -392,6 +392,7 @@ def test_t5_verify_finds_the_step_that_was_not_as_planned(
         assert (verdict.status, verdict.first_different_step) == ("FAIL", MUTATED_STEP)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_changes_no_batch_either(
     pair_of: Callable[[int], Pair], golden_corpus: Path, tmp_path: Path
 ) -> None:
