@@ -1,16 +1,28 @@
 """The bench of near-duplicates: who counts as wrong, and what a threshold finds."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from infra.bench.duplicates import CHANGES, Photo, _report, _threshold, measure, scene_of
+from infra.bench.duplicates import (
+    CHANGES,
+    SMALL,
+    Photo,
+    _report,
+    _threshold,
+    measure,
+    read_photos,
+    scene_of,
+    write_small,
+)
+from pipelines.data.decode import decode
 from pipelines.recipes import image_tiny
 from pipelines.use.encoder import Encoder
 from ssl_models import build_objective
-from tests.pictures import make_blotches
+from tests.pictures import make_blotches, make_picture
 
 
 @pytest.mark.parametrize(
@@ -71,3 +83,11 @@ def test_all_methods_are_measured_on_the_same_pairs() -> None:
     found = result["methods"]["dhash"]["changes"]
     assert found["jpeg of quality 30"]["average_precision"] == 1
     assert found["mirrored"]["average_precision"] < 0.5
+
+
+def test_small_copies_are_shards_of_the_same_photos(tmp_path: Path) -> None:
+    photos = [Photo("a", make_picture(0, 2 * SMALL)), Photo("b", make_picture(1, 30))]
+    write_small(photos, tmp_path / "small.tar")
+    found = read_photos([str(tmp_path / "small.tar")])
+    shapes = [np.asarray(decode(photo.data, 3)).shape for photo in found]
+    assert shapes == [(SMALL, SMALL, 3), (30, 31, 3)]

@@ -1,7 +1,21 @@
-"""Whether embeddings find near-duplicate photos: precision and recall, beside dHash.
+r"""Whether embeddings find near-duplicate photos: precision and recall, beside dHash.
 
     rayssl samples photos
-    python -m infra.bench.duplicates samples/photos --model models:/NAME@candidate
+    python -m infra.bench.duplicates samples/photos --small small.tar
+    rayssl pretrain image-tiny --data small.tar --register photos-triplet FLAGS
+    rayssl pretrain image-tiny-autoencoder --data small.tar --register photos-autoencoder FLAGS
+    python -m infra.bench.duplicates samples/photos --model models:/photos-triplet@candidate \
+        --model models:/photos-autoencoder@candidate
+
+The encoders are trained without labels on small copies of the photos, as by who cleans a corpus of
+their own, with these FLAGS in the results that are kept:
+
+    --steps 800 --source.heldout-ratio 0 --order.rows-per-step 64 --order.slots 2
+    --optimizer.learning-rate 3e-3 --objective.encoder.stem large --objective.encoder.width 16
+    --images.views.size 64 --images.views.crop-scale 0.35 1 --images.views.greyscale 0
+    triplet:      --objective.loss.margin 0.5 --images.views.jitter 0.3 --images.views.rotation 0.7
+                  --images.views.degrees 90
+    autoencoder:  --objective.image-size 64 --objective.decoder-width 16 --images.views.jitter 0
 
 Every photo is changed in each way of `CHANGES`. A pair is a photo and a changed copy of any photo,
 and is right if the copy is its own. Photos of one series, by their keys such as walls-l, walls-r,
@@ -17,7 +31,9 @@ import io
 import math
 import random
 import re
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +57,7 @@ from ssl_models.autoencoder import Autoencoder
 from ssl_models.contrastive import Contrastive
 
 PRECISION = 0.99
+SMALL = 800
 SERIES = re.compile(r"[-_]?\d*([-_](\d+|[lr]))?$")
 Embedded = dict[str, NDArray[np.float32]]
 """Of each change, the embeddings of the copies; of "", those of the photos."""
@@ -95,12 +112,18 @@ CHANGES: dict[str, tuple[Callable[[Image.Image, random.Random], Image.Image], in
 
 def main() -> None:
     """Measure, print the result and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", nargs="+")
-    parser.add_argument("--model", action="append", required=True, help="may be given again")
+    parser.add_argument("--model", action="append", default=[], help="may be given again")
+    parser.add_argument("--small", type=Path, help="write small copies here and measure nothing")
     parser.add_argument("--tracking-uri", default="sqlite:///mlflow.db")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.small:
+        write_small(read_photos(given.data), given.small)
+        return
     encoders = {uri: load_encoder(uri, given.tracking_uri) for uri in given.model}
     keep("duplicates", measure(encoders, read_photos(given.data)))
 
@@ -116,6 +139,20 @@ def read_photos(data: Sequence[str]) -> list[Photo]:
             key = keys[picture.record - block.first_record] or ""
             photos.append(Photo(scene_of(key), picture.data))
     return photos
+
+
+def write_small(photos: Sequence[Photo], path: Path) -> None:
+    """Write copies of at most `SMALL` pixels a side as a tar shard, which are soon decoded."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
+        for number, photo in enumerate(photos):
+            image = Image.fromarray(np.asarray(decode(photo.data, 3)))
+            image.thumbnail((SMALL, SMALL))
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=92)
+            member = tarfile.TarInfo(f"{number:04}.jpg")
+            member.size = out.tell()
+            out.seek(0)
+            shard.addfile(member, out)
 
 
 def scene_of(key: str) -> str:
