@@ -202,7 +202,22 @@ def test_a_flipped_byte_of_a_png_is_noticed() -> None:
 
 def test_large_jpegs_are_decoded_at_a_fraction_only_where_enough_is_left() -> None:
     data = encode(scene(600, 800), "JPEG")
-    for smallest, shape in ((0, (600, 800)), (301, (600, 800)), (300, (300, 400)), (75, (75, 100))):
-        pixels = decode(data, 3, smallest)
+    for most, shape in ((1, (600, 800)), (3, (300, 400)), (7, (150, 200)), (99, (75, 100))):
+        pixels = decode(data, 3, lambda *_, most=most: most)
         assert not isinstance(pixels, Rejected)
         assert pixels.shape[:2] == shape
+
+
+def test_a_fraction_is_chosen_by_the_sides_of_the_upright_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    told: list[tuple[int, int]] = []
+
+    def reduction(height: int, width: int) -> int:
+        told.append((height, width))
+        return 2
+
+    pixels = decode(encode(scene(60, 80), "JPEG", exif=exif.tobytes()), 3, reduction)
+    assert not isinstance(pixels, Rejected)
+    assert told == [(80, 60)]
+    assert pixels.shape[:2] == (40, 30)

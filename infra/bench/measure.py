@@ -17,14 +17,18 @@ from pipelines.pretrain import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1
-PACKAGES = ("numpy", "pyarrow", "ray", "sentencex", "tokenizers", "tokie", "torch")
+PACKAGES = (
+    *("numpy", "opencv-python-headless", "pillow", "pyarrow", "ray", "sentencex", "simplejpeg"),
+    *("tokenizers", "tokie", "torch"),
+)
 
 
 class Usage(NamedTuple):
     """What one process has used so far."""
 
     role: str
-    """`driver` is this process, `workers` run Ray tasks, `ray` is the rest below this process."""
+    """`driver` is this process, `workers` run Ray tasks, `loaders` are of torch's DataLoader, and
+    `ray` is the rest below this process."""
     cpu_seconds: float
     megabytes: float
     """Resident, with what it has touched of Ray's shared object store."""
@@ -84,13 +88,14 @@ def processes() -> dict[int, Usage]:
     parents, found = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            name, _, told = (folder / "stat").read_text().rpartition(")")
             command = (folder / "cmdline").read_bytes()
         except OSError:  # it has ended
             continue
-        pid = int(folder.name)
+        pid, stat = int(folder.name), told.split()
         parents[pid] = int(stat[1])
         role = "workers" if command.startswith(b"ray::") else "ray"
+        role = "loaders" if name.endswith("(pt_data_worker") else role
         ticks, pages = int(stat[11]) + int(stat[12]), int(stat[21])
         found[pid] = Usage(
             "driver" if pid == os.getpid() else role,

@@ -8,6 +8,7 @@ lenient readers put where a file was cut, never passes as a picture.
 
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -26,13 +27,17 @@ MAX_PIXELS = 32_000_000
 JPEG_REDUCTIONS = (8, 4, 2)
 """A JPEG is decoded at these fractions of its size for less than the whole costs; others cost
 more."""
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations whose rows are the columns of the upright picture."""
 
 
-def decode(data: bytes, channels: Literal[1, 3], smallest_side: int = 0) -> Pixels | Rejected:
+def decode(
+    data: bytes, channels: Literal[1, 3], reduction: Callable[[int, int], int] | None = None
+) -> Pixels | Rejected:
     """Return the pixels of a picture, or why it has none.
 
-    A JPEG whose shorter side is at least a multiple of `smallest_side` (0: never) is decoded at
-    that fraction of its size.
+    `reduction` is told the upright height and width of a JPEG, and returns how many times smaller
+    its pixels may be at most.
     """
     try:
         with warnings.catch_warnings():
@@ -41,7 +46,7 @@ def decode(data: bytes, channels: Literal[1, 3], smallest_side: int = 0) -> Pixe
             if image.width * image.height > MAX_PIXELS:
                 return Rejected("quarantined:too-many-pixels")
             if image.format == "JPEG":
-                return _upright(_jpeg(data, image, channels, smallest_side), _orientation(image))
+                return _jpeg(data, image, channels, reduction)
             return _upright(_canonical(image, channels), _orientation(image))
     except Image.DecompressionBombError:
         return Rejected("quarantined:too-many-pixels")
@@ -52,22 +57,24 @@ def decode(data: bytes, channels: Literal[1, 3], smallest_side: int = 0) -> Pixe
         return Rejected("quarantined:cut-image" if is_cut else "quarantined:bad-image")
 
 
-def _jpeg(data: bytes, image: Any, channels: int, smallest_side: int) -> Pixels:
+def _jpeg(
+    data: bytes, image: Any, channels: int, reduction: Callable[[int, int], int] | None
+) -> Pixels:
     """Decode strictly; four channels, which only Pillow turns into RGB, are checked first."""
+    orientation = _orientation(image)
     if image.mode == "CMYK":
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
-        return _canonical(image, channels)
-    reduction = next(
-        (n for n in JPEG_REDUCTIONS if min(image.size) >= n * smallest_side > 0),
-        1,
-    )
+        return _upright(_canonical(image, channels), orientation)
+    height, width = image.size if orientation in _TURNED else image.size[::-1]
+    most = reduction(height, width) if reduction else 1
+    divisor = next((n for n in JPEG_REDUCTIONS if n <= most), 1)
     pixels: Pixels = simplejpeg.decode_jpeg(
         data,
         colorspace="RGB" if channels == 3 else "GRAY",
-        min_height=-(-image.height // reduction),
-        min_width=-(-image.width // reduction),
+        min_height=-(-image.height // divisor),
+        min_width=-(-image.width // divisor),
     )
-    return pixels
+    return _upright(pixels, orientation)
 
 
 def _canonical(image: Any, channels: int) -> Pixels:
@@ -98,7 +105,7 @@ def _orientation(image: Any) -> int:
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     """Turn and flip as EXIF 2.32 says; an unknown orientation leaves the picture as it is."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _TURNED:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

@@ -5,10 +5,12 @@ slot:       x2 of a row is another picture of the same slot, told by its index: 
 is decoded once and embedded once, and serves as x1, as x1' and as x2
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -28,6 +30,8 @@ FATES = (
 )
 """What becomes of a picture when it is made into a row; all but the first are placeholders."""
 USED = 0
+PART_BYTES = 4 * 1024 * 1024
+"""Of views that are made at once, whatever the size of a work order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,11 @@ class ImageRows:
         self.config = config
 
     @property
+    def rows_at_once(self) -> int:
+        """How many rows are made at once: some megabytes of them."""
+        return max(1, PART_BYTES // (len(self._columns()) * math.prod(self.shape)))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one view: channels, height, width."""
         return self.config.channels, self.config.views.size, self.config.views.size
@@ -80,8 +89,8 @@ class ImageRows:
                 fate[i] = FATES.index(made.reason)
                 continue
             for name, pixels in zip(names, made, strict=True):
-                arrays[name][i] = pixels.transpose(2, 0, 1)
-        size = int(np.prod(self.shape))
+                cv2.split(pixels, [*arrays[name][i]])  # into the planes that are there
+        size = math.prod(self.shape)
         columns = {
             name: pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), size)
             for name, array in arrays.items()
@@ -95,9 +104,27 @@ class ImageRows:
             }
         )
 
+    def pixels(self, picture: Picture, seed: int) -> Pixels | Rejected:
+        """Return the pixels that the views of a picture are made of, or why it has none.
+
+        Large JPEGs are decoded at a fraction of their size if no crop has to be enlarged for it.
+        """
+        size = self.config.views.size
+
+        def reduction(height: int, width: int) -> int:
+            if min(height, width) < 2 * size:
+                return 1
+            views = self._draw(picture, height, width, seed)
+            return min(min(view.width, view.height) for view in views) // size
+
+        return decode(picture.data, self.config.channels, reduction)
+
     def views(self, picture: Picture, pixels: Pixels, seed: int) -> list[View]:
         """Return what is drawn for the views of a picture, a function of these arguments."""
         height, width, _ = pixels.shape
+        return self._draw(picture, height, width, seed)
+
+    def _draw(self, picture: Picture, height: int, width: int, seed: int) -> list[View]:
         num_views = 2 if self.config.rows == "pairs" else 1
         return [
             draw_view(self.config.views, _uniforms(picture, seed, f"view {n}"), height, width)
@@ -125,7 +152,7 @@ class ImageRows:
     def plain(self, data: bytes) -> Pixels | Rejected:
         """Return a picture as an encoder is to see it, uint8 (channels, height, width)."""
         size = self.config.views.size
-        pixels = decode(data, self.config.channels, size)
+        pixels = decode(data, self.config.channels, lambda *sides: min(sides) // size)
         if isinstance(pixels, Rejected):
             return pixels
         height, width, _ = pixels.shape
@@ -139,8 +166,7 @@ class ImageRows:
 
     def _views(self, picture: Picture, seed: int) -> list[Pixels] | Rejected:
         config = self.config
-        smallest = config.views.size / np.sqrt(config.views.crop_scale[0])
-        pixels = decode(picture.data, config.channels, int(np.ceil(smallest)))
+        pixels = self.pixels(picture, seed)
         if isinstance(pixels, Rejected):
             return pixels
         views = [

@@ -149,11 +149,11 @@ def centre_view(height: int, width: int) -> View:
 def apply_view(pixels: Pixels, view: View, size: int) -> Pixels:
     """Return the view, uint8 (size, size, channels)."""
     made = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
-    # Area averages where it shrinks a lot, or fine patterns would turn into coarse ones.
-    shrinks = min(view.width, view.height) >= 2 * size
-    made = cv2.resize(
-        made, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR_EXACT
-    )
+    # Averages of 2 x 2 pixels first, or fine patterns would turn into coarse ones.
+    while min(made.shape[:2]) >= 2 * size:
+        high, wide = made.shape[0] // 2, made.shape[1] // 2
+        made = cv2.resize(made[: 2 * high, : 2 * wide], (wide, high), interpolation=cv2.INTER_AREA)
+    made = cv2.resize(made, (size, size), interpolation=cv2.INTER_LINEAR_EXACT)
     if view.flip:
         made = cv2.flip(made, 1)
     if view.degrees:
@@ -198,7 +198,7 @@ def _colours(pixels: Pixels, view: View) -> Pixels:
     """Change brightness, contrast, saturation and hue, and drop the colours if so drawn."""
     is_grey = pixels.shape[2] == 1
     if view.brightness != 1 or view.contrast != 1:
-        mean = view.brightness * float(_grey(pixels).mean())
+        mean = view.brightness * cv2.mean(_grey(pixels))[0]
         values = view.contrast * view.brightness * np.arange(256) + (1 - view.contrast) * mean
         pixels = cv2.LUT(pixels, np.rint(values).clip(0, 255).astype(np.uint8))
     if is_grey:
