@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from infra.bench.measure import Watch, cpu_seconds, in_turn, keep, rates, ratio, wall_seconds
 from infra.bench.pillow_views import loader
-from pipelines.cluster import SPARE_CPUS, cluster
+from pipelines.cluster import cluster
 from pipelines.data.batches import Rank, RowSource, ray_blocks, slot_digest, steps
 from pipelines.data.decode import decode
 from pipelines.data.images import ImageConfig, ImageRows
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
-    with TemporaryDirectory() as folder, cluster("", given.workers - SPARE_CPUS, verbose=False):
+    with TemporaryDirectory() as folder, cluster("", given.workers, verbose=False):
         result = {}
         for size in SIZES:
             name = f"{size.width}x{size.height} q{size.quality}"
@@ -135,7 +135,8 @@ def prepare(
     for file, photo in zip(files, cycle(photos), strict=False):
         file.write_bytes(photo)
     for shard in range(NUM_SHARDS):
-        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+        path = folder / "shards" / f"{shard}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for file in islice(files, shard, None, NUM_SHARDS):
                 tar.add(file, file.name)
     source = SourceConfig(heldout_ratio=0.0)

@@ -82,7 +82,8 @@ class ImageRows:
         """
         del order  # nothing is exchanged between pictures before they meet in a slot
         names = self._columns()
-        arrays = {name: np.zeros((len(pictures), *self.shape), np.uint8) for name in names}
+        whole = np.zeros((len(names), len(pictures), *self.shape), np.uint8)
+        arrays = dict(zip(names, whole, strict=True))
         fate = np.zeros(len(pictures), dtype=np.int8)
         for i, picture in enumerate(pictures):
             made = self._views(picture, seed)
