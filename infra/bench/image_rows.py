@@ -9,7 +9,8 @@ with SimCLR's changes (Chen et al. 2020, arXiv:2002.05709, appendix A), in as ma
     peer    files -> Pillow -> the operations of torchvision -> batches     torch DataLoader
 
 They run in turn, several times; what counts are the CPU seconds of their workers, as /proc tells,
-once all have started. The pure functions, in this process, run in turn with them.
+once all have started. The pure functions, in this process, run in turn with them. The hue is
+turned in HSV by the peer, as by torchvision, and by a matrix of ours.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from infra.bench.measure import Watch, cpu_seconds, in_turn, keep, rates, ratio, wall_seconds
 from infra.bench.pillow_views import loader
-from pipelines.cluster import cluster
+from pipelines.cluster import SPARE_CPUS, cluster
 from pipelines.data.batches import Rank, RowSource, ray_blocks, slot_digest, steps
 from pipelines.data.decode import decode
 from pipelines.data.images import ImageConfig, ImageRows
@@ -105,7 +106,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
-    with TemporaryDirectory() as folder, cluster("", given.workers, verbose=False):
+    # Ray Data keeps half of its CPUs for the step that cuts rows into blocks.
+    cpus = 2 * given.workers - SPARE_CPUS
+    with TemporaryDirectory() as folder, cluster("", cpus, verbose=False):
         result = {}
         for size in SIZES:
             name = f"{size.width}x{size.height} q{size.quality}"
@@ -204,9 +207,12 @@ def measure(contest: Contest, repeats: int) -> dict[str, Any]:
         "pure_to_peer_speed_ratio": ratio(seconds["peer"], seconds["pure"]),
         "workers_to_pure_cpu_ratio": ratio(seconds["ours"], seconds["pure"]),
         "all_processes_speed_ratio": ratio(everything["peer"], everything["ours"]),
-        "peak_megabytes": {
-            "ours": max(max(watch.peak_megabytes("workers")) for watch in watches["ours"]),
-            "peer": max(max(watch.peak_megabytes("loaders")) for watch in watches["peer"]),
+        "peak_megabytes_of_a_worker": {
+            f"{name}{', its own' if own else ''}": max(
+                max(watch.peak_megabytes(role, own=own)) for watch in watches[name]
+            )
+            for name, role in (("ours", "workers"), ("peer", "loaders"))
+            for own in (False, True)
         },
         "consumer": measure_consumer(contest, repeats),
     }
