@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipelines.data.decode import MAX_PIXELS, Pixels, decode
+from pipelines.data.decode import MAX_PIXELS, Pixels, decode, leaving
 from pipelines.data.shards import Rejected
 
 
@@ -202,8 +202,13 @@ def test_a_flipped_byte_of_a_png_is_noticed() -> None:
 
 def test_large_jpegs_are_decoded_at_a_fraction_only_where_enough_is_left() -> None:
     data = encode(scene(600, 800), "JPEG")
-    for most, shape in ((1, (600, 800)), (3, (300, 400)), (7, (150, 200)), (99, (75, 100))):
-        pixels = decode(data, 3, lambda *_, most=most: most)
+    for smallest, shape in (
+        (601, (600, 800)),
+        (301, (600, 800)),
+        (300, (300, 400)),
+        (75, (75, 100)),
+    ):
+        pixels = decode(data, 3, leaving(smallest))
         assert not isinstance(pixels, Rejected)
         assert pixels.shape[:2] == shape
 

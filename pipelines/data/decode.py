@@ -57,6 +57,11 @@ def decode(
         return Rejected("quarantined:cut-image" if is_cut else "quarantined:bad-image")
 
 
+def leaving(smallest_side: int) -> Callable[[int, int], int]:
+    """Return the reduction that leaves the shorter side at least so long."""
+    return lambda height, width: min(height, width) // smallest_side
+
+
 def _jpeg(
     data: bytes, image: Any, channels: int, reduction: Callable[[int, int], int] | None
 ) -> Pixels:

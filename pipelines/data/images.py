@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.decode import Pixels, decode
+from pipelines.data.decode import Pixels, decode, leaving
 from pipelines.data.manifest import Picture
 from pipelines.data.randomness import draws, key, uniform
 from pipelines.data.shards import Rejected
@@ -156,7 +156,7 @@ class ImageRows:
     def plain(self, data: bytes) -> Pixels | Rejected:
         """Return a picture as an encoder is to see it, uint8 (channels, height, width)."""
         size = self.config.views.size
-        pixels = decode(data, self.config.channels, lambda *sides: min(sides) // size)
+        pixels = decode(data, self.config.channels, leaving(size))
         if isinstance(pixels, Rejected):
             return pixels
         height, width, _ = pixels.shape
