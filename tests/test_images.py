@@ -41,7 +41,7 @@ def test_rows_are_the_views_that_are_told() -> None:
     maker = ImageRows(CONFIG)
     table = rows_of(pictures())
     for i, picture in enumerate(pictures()):
-        pixels = maker.pixels(picture, 0)
+        pixels = maker.decoded(picture, 0)
         assert not isinstance(pixels, Rejected)
         for name, view in zip(("first", "second"), maker.views(picture, pixels, 0), strict=True):
             expected = apply_view(pixels, view, 16).transpose(2, 0, 1)
@@ -54,7 +54,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_that_enlarges_no_crop() -> None:
     whole = decode(data, 3)
     assert not isinstance(whole, Rejected)
     for picture in (Picture(i, i, data) for i in range(40)):
-        pixels = maker.pixels(picture, 0)
+        pixels = maker.decoded(picture, 0)
         assert not isinstance(pixels, Rejected)
         part = round(300 / len(pixels))
         sides = [min(v.width, v.height) for v in maker.views(picture, whole, 0)]

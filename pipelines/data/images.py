@@ -106,7 +106,7 @@ class ImageRows:
             }
         )
 
-    def pixels(self, picture: Picture, seed: int) -> Pixels | Rejected:
+    def decoded(self, picture: Picture, seed: int) -> Pixels | Rejected:
         """Return the pixels that the views of a picture are made of, or why it has none.
 
         Large JPEGs are decoded at a fraction of their size if no crop has to be enlarged for it.
@@ -170,7 +170,7 @@ class ImageRows:
 
     def _views(self, picture: Picture, seed: int) -> list[Pixels] | Rejected:
         config = self.config
-        pixels = self.pixels(picture, seed)
+        pixels = self.decoded(picture, seed)
         if isinstance(pixels, Rejected):
             return pixels
         views = [
