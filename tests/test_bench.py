@@ -66,7 +66,7 @@ def test_the_peer_makes_the_views_that_are_asked_for() -> None:
     luma = np.repeat((whole @ [0.299, 0.587, 0.114])[..., None], 3, axis=2)
     assert off(luma, greyscale=1) < 1
     assert 0 < off(whole, jitter=1) < 60
-    assert 0 < off(whole, blur=1) < 60
+    assert 0 < off(whole, blur=1, blur_sigma=(2, 2)) < 60
 
 
 def test_photos_are_prepared_and_made_into_views_by_the_pure_functions(tmp_path: Path) -> None:
