@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipelines.data.decode import MAX_PIXELS, Pixels, decode
+from pipelines.data.decode import MAX_PIXELS, Pixels, decode, leaving
 from pipelines.data.shards import Rejected
 
 
@@ -174,7 +174,7 @@ def test_a_jpeg_with_more_behind_it_is_read_as_strictly_as_any() -> None:
     data = encode(scene(300, 400), "MPO", save_all=True, append_images=[other])
     assert Image.open(io.BytesIO(data)).format == "MPO"
     assert distance(decoded(data), decoded(alone)) == 0
-    half = decode(data, 3, 150)
+    half = decode(data, 3, leaving(150))
     assert not isinstance(half, Rejected)
     assert half.shape == (150, 200, 3)
     scan = data.index(b"\xff\xda")
@@ -227,7 +227,27 @@ def test_a_flipped_byte_of_a_png_is_noticed() -> None:
 
 def test_large_jpegs_are_decoded_at_a_fraction_only_where_enough_is_left() -> None:
     data = encode(scene(600, 800), "JPEG")
-    for smallest, shape in ((0, (600, 800)), (301, (600, 800)), (300, (300, 400)), (75, (75, 100))):
-        pixels = decode(data, 3, smallest)
+    for smallest, shape in (
+        (601, (600, 800)),
+        (301, (600, 800)),
+        (300, (300, 400)),
+        (75, (75, 100)),
+    ):
+        pixels = decode(data, 3, leaving(smallest))
         assert not isinstance(pixels, Rejected)
         assert pixels.shape[:2] == shape
+
+
+def test_a_fraction_is_chosen_by_the_sides_of_the_upright_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    told: list[tuple[int, int]] = []
+
+    def reduction(height: int, width: int) -> int:
+        told.append((height, width))
+        return 2
+
+    pixels = decode(encode(scene(60, 80), "JPEG", exif=exif.tobytes()), 3, reduction)
+    assert not isinstance(pixels, Rejected)
+    assert told == [(80, 60)]
+    assert pixels.shape[:2] == (40, 30)

@@ -18,7 +18,7 @@ from mlflow.types import DataType
 from safetensors.torch import load_file
 
 from pipelines.config import RunConfig
-from pipelines.data import indexing
+from pipelines.data import images, indexing
 from pipelines.data.batches import Rank, RowSource, Step, local_blocks, slot_digest, steps
 from pipelines.data.images import ImageRows
 from pipelines.data.plan import Cursor, OrderConfig, Plan
@@ -283,3 +283,28 @@ def test_partners_are_those_of_the_step_wherever_a_run_goes_on(source: RowSource
         for a, b in zip(wrong, whole[4:6], strict=True)
     )
     assert digests(wrong) != digests(whole[4:6])
+
+
+def test_an_order_made_in_parts_has_the_rows_of_one_made_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path, 60)
+    manifest = indexing.build(find_shards([str(tmp_path)]), SourceConfig(), serial_map)
+    plan, maker = Plan(manifest, 5, 3), ImageRows(recipe("image-tiny").images)
+    source, order = RowSource(plan, maker), plan.order(1)
+    found = [
+        picture._replace(visit=visit)
+        for block, visit in order.blocks
+        for picture in manifest.read(block, "training")
+    ]
+    made = maker.rows(found, seed=5, order=1)
+    whole = made.take(plan.row_permutation(1, len(found))).combine_chunks()
+    assert source.num_rows(order) == whole.num_rows > 8
+    monkeypatch.setattr(images, "PART_BYTES", 5 * 2 * 3 * 16 * 16)
+    for first_row in (0, 3, 7):
+        parts = list(source.tables(order, first_row))
+        assert {part.num_rows for part in parts[:-1]} == {5}
+        joined = pa.concat_tables(parts)
+        assert joined.select(whole.column_names).equals(whole.slice(first_row))
+        assert joined["row"].to_pylist() == [*range(first_row, whole.num_rows)]
+        assert set(joined["order_rows"].to_pylist()) == {whole.num_rows}

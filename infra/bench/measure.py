@@ -17,17 +17,23 @@ from pipelines.pretrain import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1
-PACKAGES = ("numpy", "pyarrow", "ray", "sentencex", "tokenizers", "tokie", "torch")
+PACKAGES = (
+    *("numpy", "opencv-python-headless", "pillow", "pyarrow", "ray", "sentencex", "simplejpeg"),
+    *("tokenizers", "tokie", "torch"),
+)
 
 
 class Usage(NamedTuple):
     """What one process has used so far."""
 
     role: str
-    """`driver` is this process, `workers` run Ray tasks, `ray` is the rest below this process."""
+    """`driver` is this process, `workers` run Ray tasks, `loaders` are of torch's DataLoader, and
+    `ray` is the rest below this process."""
     cpu_seconds: float
     megabytes: float
     """Resident, with what it has touched of Ray's shared object store."""
+    own_megabytes: float
+    """Resident, without what other processes may share: files and the object store."""
 
 
 class Watch:
@@ -36,7 +42,7 @@ class Watch:
     def __enter__(self) -> Self:
         self._before = processes()
         self._last = dict(self._before)
-        self._peaks = {pid: usage.megabytes for pid, usage in self._before.items()}
+        self._peaks = dict(self._before)
         self._own_seconds = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample)
@@ -59,9 +65,10 @@ class Watch:
         used = {pid: u.cpu_seconds - before.get(pid, 0.0) for pid, u in self._of(roles).items()}
         return sum(used.values()) - ("driver" in roles) * self._own_seconds
 
-    def peak_megabytes(self, role: str) -> list[float]:
+    def peak_megabytes(self, role: str, *, own: bool = False) -> list[float]:
         """Return the largest memory, as sampled in between, of each process of a role."""
-        return sorted(round(self._peaks[pid], 1) for pid in self._of([role]))
+        peaks = (self._peaks[pid] for pid in self._of([role]))
+        return sorted(round(peak.own_megabytes if own else peak.megabytes, 1) for peak in peaks)
 
     def _of(self, roles: Sequence[str]) -> dict[int, Usage]:
         return {pid: usage for pid, usage in self._last.items() if usage.role in roles}
@@ -76,7 +83,11 @@ class Watch:
         found = processes()
         self._last |= found
         for pid, usage in found.items():
-            self._peaks[pid] = max(self._peaks.get(pid, 0.0), usage.megabytes)
+            peak = self._peaks.get(pid, usage)
+            self._peaks[pid] = usage._replace(
+                megabytes=max(peak.megabytes, usage.megabytes),
+                own_megabytes=max(peak.own_megabytes, usage.own_megabytes),
+            )
 
 
 def processes() -> dict[int, Usage]:
@@ -84,18 +95,21 @@ def processes() -> dict[int, Usage]:
     parents, found = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            name, _, told = (folder / "stat").read_text().rpartition(")")
             command = (folder / "cmdline").read_bytes()
+            pages, shared = map(int, (folder / "statm").read_text().split()[1:3])
         except OSError:  # it has ended
             continue
-        pid = int(folder.name)
+        pid, stat = int(folder.name), told.split()
         parents[pid] = int(stat[1])
         role = "workers" if command.startswith(b"ray::") else "ray"
-        ticks, pages = int(stat[11]) + int(stat[12]), int(stat[21])
+        role = "loaders" if name.endswith("(pt_data_worker") else role
+        ticks, page = int(stat[11]) + int(stat[12]), os.sysconf("SC_PAGE_SIZE") / 1e6
         found[pid] = Usage(
             "driver" if pid == os.getpid() else role,
             ticks / os.sysconf("SC_CLK_TCK"),
-            pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+            pages * page,
+            (pages - shared) * page,
         )
     return {pid: usage for pid, usage in found.items() if _is_below(pid, parents)}
 

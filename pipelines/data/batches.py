@@ -31,6 +31,9 @@ ArrayBatch = dict[str, NDArray[Any]]
 
 MAX_READ_TASKS = 1000
 """Ray takes a minute to plan tens of thousands of tasks: in longer runs each makes more orders."""
+MADE_BYTES = 12 * 1024 * 1024
+"""With more than this a task that makes rows hands them over; by default Ray gathers ten times as
+much. A part of image rows is a little larger, so that it is not copied into a whole first."""
 SPARE_ORDERS = 1.3
 """Orders planned for each order that is expected to be needed."""
 SAMPLED_BLOCKS = 8
@@ -43,6 +46,10 @@ class RowMaker(Protocol):
     @property
     def fates(self) -> Sequence[str]:
         """What can become of a row; the column `fate` holds an index into it."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows to make at once if each is of one item alone, 0 if an order is one pool."""
 
     def rows(self, items: Sequence[Any], /, *, seed: int, order: int) -> pa.Table:
         """Return the rows of what the blocks of a work order hold, a function of these alone."""
@@ -59,27 +66,39 @@ class RowSource:
     maker: RowMaker
 
     def table(self, order: WorkOrder) -> pa.Table:
-        """Return the rows of a work order as they are used, with their address.
+        """Return the rows of a work order as they are used, with their address."""
+        return pa.concat_tables(self.tables(order)).combine_chunks()
+
+    def tables(self, order: WorkOrder, first_row: int = 0) -> Iterator[pa.Table]:
+        """Yield these rows, from one on, in parts: all of them might not fit into memory.
 
         Added columns: `order`, `row` in the order, and `order_rows`, how many it has.
         """
-        plan = self.plan
-        items = [
+        items, size = self._items(order), self.maker.rows_at_once
+        if not size:
+            made = self._rows(items, order)
+            shuffled = made.take(self.plan.row_permutation(order.number, made.num_rows))
+            yield _addressed(shuffled, order.number, 0, made.num_rows).slice(first_row)
+            return
+        places = self.plan.row_permutation(order.number, len(items)).tolist()
+        for start in range(first_row, len(items), size):
+            made = self._rows([items[i] for i in places[start : start + size]], order)
+            yield _addressed(made, order.number, start, len(items))
+
+    def num_rows(self, order: WorkOrder) -> int:
+        """Return how many rows a work order has."""
+        items = self._items(order)
+        return len(items) if self.maker.rows_at_once else self._rows(items, order).num_rows
+
+    def _items(self, order: WorkOrder) -> list[Any]:
+        return [
             found._replace(visit=visit)
             for block, visit in order.blocks
-            for found in plan.manifest.read(block, "training")
+            for found in self.plan.manifest.read(block, "training")
         ]
-        made = self.maker.rows(items, seed=plan.seed, order=order.number)
-        num_rows = made.num_rows
-        address = {
-            "order": pa.array(np.full(num_rows, order.number, dtype=np.int64)),
-            "row": pa.array(np.arange(num_rows, dtype=np.int32)),
-            "order_rows": pa.array(np.full(num_rows, num_rows, dtype=np.int32)),
-        }
-        shuffled = made.take(plan.row_permutation(order.number, num_rows))
-        for name, column in address.items():
-            shuffled = shuffled.append_column(name, column)
-        return shuffled.combine_chunks()
+
+    def _rows(self, items: Sequence[Any], order: WorkOrder) -> pa.Table:
+        return self.maker.rows(items, seed=self.plan.seed, order=order.number)
 
     def rows_per_order(self) -> float:
         """Return an estimate of the mean rows of a work order.
@@ -97,11 +116,11 @@ class RowSource:
         for (source, _), members in kinds.items():
             stride = -(-len(members) // max(1, SAMPLED_BLOCKS // len(kinds)))
             sampled = members[stride // 2 :: stride]
-            made = self.table(WorkOrder(0, tuple(BlockVisit(block, 0) for block in sampled)))
+            made = self.num_rows(WorkOrder(0, tuple(BlockVisit(block, 0) for block in sampled)))
             sampled_bytes = sum(blocks[block].bytes for block in sampled)
             passes = plan.blocks_per_epoch[source] / sizes[source]
             all_bytes = passes * sum(blocks[block].bytes for block in members)
-            rows_per_epoch += made.num_rows * all_bytes / sampled_bytes
+            rows_per_epoch += made * all_bytes / sampled_bytes
         return rows_per_epoch / plan.orders_per_epoch
 
 
@@ -139,6 +158,7 @@ def dataset(
     blocks: ray.data.Dataset = rows.repartition(
         target_num_rows_per_block=config.rows_per_block, strict=True
     )
+    blocks.context.target_max_block_size = MADE_BYTES
     return blocks
 
 
@@ -166,12 +186,12 @@ def local_blocks(source: RowSource, config: OrderConfig, start: Cursor) -> Itera
     """Yield the travelling blocks from a cursor on, made in this process, without end."""
     pending: list[pa.Table] = []
     for order in source.plan.orders(start.order):
-        made = source.table(order)
-        pending.append(made.slice(start.row) if order.number == start.order else made)
-        while sum(table.num_rows for table in pending) >= config.rows_per_block:
-            joined = pa.concat_tables(pending)
-            yield joined.slice(0, config.rows_per_block).combine_chunks()
-            pending = [joined.slice(config.rows_per_block)]
+        for made in source.tables(order, start.row if order.number == start.order else 0):
+            pending.append(made)
+            while sum(table.num_rows for table in pending) >= config.rows_per_block:
+                joined = pa.concat_tables(pending)
+                yield joined.slice(0, config.rows_per_block).combine_chunks()
+                pending = [joined.slice(config.rows_per_block)]
 
 
 def ray_blocks(
@@ -329,13 +349,24 @@ def _read_task(numbers: Sequence[int]) -> ReadTask:
 
 def _make_rows(
     numbers: pa.Table, source_ref: "ray.ObjectRef[RowSource]", start: Cursor
-) -> pa.Table:
+) -> Iterator[pa.Table]:
     source = _fetch(source_ref)
-    tables = []
     for number in numbers["number"].to_pylist():
-        made = source.table(source.plan.order(number))
-        tables.append(made.slice(start.row) if number == start.order else made)
-    return pa.concat_tables(tables)
+        first_row = start.row if number == start.order else 0
+        yield from source.tables(source.plan.order(number), first_row)
+
+
+def _addressed(table: pa.Table, order: int, start: int, order_rows: int) -> pa.Table:
+    """Return consecutive rows of an order with their address, the first one being row `start`."""
+    num_rows = table.num_rows
+    address = {
+        "order": np.full(num_rows, order, dtype=np.int64),
+        "row": np.arange(start, start + num_rows, dtype=np.int32),
+        "order_rows": np.full(num_rows, order_rows, dtype=np.int32),
+    }
+    for name, column in address.items():
+        table = table.append_column(name, pa.array(column))
+    return table
 
 
 @lru_cache(maxsize=1)

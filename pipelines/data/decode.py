@@ -8,6 +8,7 @@ lenient readers put where a file was cut, never passes as a picture.
 
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipelines.data.shards import Rejected
 
 Pixels = NDArray[np.uint8]
+Reduction = Callable[[int, int], int]
+"""Upright height and width of a JPEG to how many times smaller its pixels may be at most."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is read. Pillow knows more, some of which run programs of their own."""
@@ -26,14 +29,14 @@ MAX_PIXELS = 32_000_000
 JPEG_REDUCTIONS = (8, 4, 2)
 """A JPEG is decoded at these fractions of its size for less than the whole costs; others cost
 more."""
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations whose rows are the columns of the upright picture."""
 
 
-def decode(data: bytes, channels: Literal[1, 3], smallest_side: int = 0) -> Pixels | Rejected:
-    """Return the pixels of a picture, or why it has none.
-
-    A JPEG whose shorter side is at least a multiple of `smallest_side` (0: never) is decoded at
-    that fraction of its size.
-    """
+def decode(
+    data: bytes, channels: Literal[1, 3], reduction: Reduction | None = None
+) -> Pixels | Rejected:
+    """Return the pixels of a picture, or why it has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow only warns of is judged here
@@ -41,7 +44,7 @@ def decode(data: bytes, channels: Literal[1, 3], smallest_side: int = 0) -> Pixe
             if image.width * image.height > MAX_PIXELS:
                 return Rejected("quarantined:too-many-pixels")
             if image.format in ("JPEG", "MPO"):  # a JPEG with more behind it, as cameras write
-                return _upright(_jpeg(data, image, channels, smallest_side), _orientation(image))
+                return _jpeg(data, image, channels, reduction)
             return _upright(_canonical(image, channels), _orientation(image))
     except Image.DecompressionBombError:
         return Rejected("quarantined:too-many-pixels")
@@ -52,22 +55,27 @@ def decode(data: bytes, channels: Literal[1, 3], smallest_side: int = 0) -> Pixe
         return Rejected("quarantined:cut-image" if is_cut else "quarantined:bad-image")
 
 
-def _jpeg(data: bytes, image: Any, channels: int, smallest_side: int) -> Pixels:
+def leaving(smallest_side: int) -> Reduction:
+    """Return the reduction that leaves the shorter side at least so long."""
+    return lambda height, width: min(height, width) // smallest_side
+
+
+def _jpeg(data: bytes, image: Any, channels: int, reduction: Reduction | None) -> Pixels:
     """Decode strictly; four channels, which only Pillow turns into RGB, are checked first."""
+    orientation = _orientation(image)
     if image.mode == "CMYK":
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
-        return _canonical(image, channels)
-    reduction = next(
-        (n for n in JPEG_REDUCTIONS if min(image.size) >= n * smallest_side > 0),
-        1,
-    )
+        return _upright(_canonical(image, channels), orientation)
+    height, width = image.size if orientation in _TURNED else image.size[::-1]
+    most = reduction(height, width) if reduction else 1
+    divisor = next((n for n in JPEG_REDUCTIONS if n <= most), 1)
     pixels: Pixels = simplejpeg.decode_jpeg(
         data,
         colorspace="RGB" if channels == 3 else "GRAY",
-        min_height=-(-image.height // reduction),
-        min_width=-(-image.width // reduction),
+        min_height=-(-image.height // divisor),
+        min_width=-(-image.width // divisor),
     )
-    return pixels
+    return _upright(pixels, orientation)
 
 
 def _canonical(image: Any, channels: int) -> Pixels:
@@ -111,7 +119,7 @@ def _orientation(image: Any) -> int:
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     """Turn and flip as EXIF 2.32 says; an unknown orientation leaves the picture as it is."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _TURNED:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

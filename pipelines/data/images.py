@@ -5,15 +5,17 @@ slot:       x2 of a row is another picture of the same slot, told by its index: 
 is decoded once and embedded once, and serves as x1, as x1' and as x2
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.decode import Pixels, decode
+from pipelines.data.decode import Pixels, decode, leaving
 from pipelines.data.manifest import Picture
 from pipelines.data.randomness import draws, key, uniform
 from pipelines.data.shards import Rejected
@@ -28,6 +30,9 @@ FATES = (
 )
 """What becomes of a picture when it is made into a row; all but the first are placeholders."""
 USED = 0
+PART_BYTES = 16 * 1024 * 1024
+"""Of views that are made at once, whatever the size of a work order. Numpy asks for large pages for
+arrays from 4 MiB on; with smaller ones a tenth of the time went into page faults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,11 @@ class ImageRows:
         self.config = config
 
     @property
+    def rows_at_once(self) -> int:
+        """How many rows are made at once: some megabytes of them."""
+        return max(1, PART_BYTES // (len(self._columns()) * math.prod(self.shape)))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one view: channels, height, width."""
         return self.config.channels, self.config.views.size, self.config.views.size
@@ -72,7 +82,8 @@ class ImageRows:
         """
         del order  # nothing is exchanged between pictures before they meet in a slot
         names = self._columns()
-        arrays = {name: np.zeros((len(pictures), *self.shape), np.uint8) for name in names}
+        whole = np.zeros((len(names), len(pictures), *self.shape), np.uint8)
+        arrays = dict(zip(names, whole, strict=True))
         fate = np.zeros(len(pictures), dtype=np.int8)
         for i, picture in enumerate(pictures):
             made = self._views(picture, seed)
@@ -80,8 +91,8 @@ class ImageRows:
                 fate[i] = FATES.index(made.reason)
                 continue
             for name, pixels in zip(names, made, strict=True):
-                arrays[name][i] = pixels.transpose(2, 0, 1)
-        size = int(np.prod(self.shape))
+                cv2.split(pixels, [*arrays[name][i]])  # into the planes that are there
+        size = math.prod(self.shape)
         columns = {
             name: pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), size)
             for name, array in arrays.items()
@@ -95,13 +106,33 @@ class ImageRows:
             }
         )
 
+    def decoded(self, picture: Picture, seed: int) -> Pixels | Rejected:
+        """Return the pixels that the views of a picture are made of, or why it has none.
+
+        Large JPEGs are decoded at a fraction of their size if no crop has to be enlarged for it.
+        """
+        size = self.config.views.size
+
+        def reduction(height: int, width: int) -> int:
+            if min(height, width) < 2 * size:
+                return 1
+            views = self._draw(picture, height, width, seed)
+            return min(min(view.width, view.height) for view in views) // size
+
+        return decode(picture.data, self.config.channels, reduction)
+
     def views(self, picture: Picture, pixels: Pixels, seed: int) -> list[View]:
         """Return what is drawn for the views of a picture, a function of these arguments."""
         height, width, _ = pixels.shape
+        return self._draw(picture, height, width, seed)
+
+    def _draw(self, picture: Picture, height: int, width: int, seed: int) -> list[View]:
         num_views = 2 if self.config.rows == "pairs" else 1
+        counters = np.arange(num_views * NUM_DRAWS, dtype=np.uint64)
+        uniforms = uniform(draws(_key(picture, seed, "views"), counters))
         return [
-            draw_view(self.config.views, _uniforms(picture, seed, f"view {n}"), height, width)
-            for n in range(num_views)
+            draw_view(self.config.views, part, height, width)
+            for part in uniforms.reshape(num_views, NUM_DRAWS)
         ]
 
     def collate(self, table: pa.Table, *, seed: int, step: int, slot: int) -> dict[str, Any]:
@@ -125,7 +156,7 @@ class ImageRows:
     def plain(self, data: bytes) -> Pixels | Rejected:
         """Return a picture as an encoder is to see it, uint8 (channels, height, width)."""
         size = self.config.views.size
-        pixels = decode(data, self.config.channels, size)
+        pixels = decode(data, self.config.channels, leaving(size))
         if isinstance(pixels, Rejected):
             return pixels
         height, width, _ = pixels.shape
@@ -139,8 +170,7 @@ class ImageRows:
 
     def _views(self, picture: Picture, seed: int) -> list[Pixels] | Rejected:
         config = self.config
-        smallest = config.views.size / np.sqrt(config.views.crop_scale[0])
-        pixels = decode(picture.data, config.channels, int(np.ceil(smallest)))
+        pixels = self.decoded(picture, seed)
         if isinstance(pixels, Rejected):
             return pixels
         views = [
@@ -183,11 +213,6 @@ def _key(picture: Picture, seed: int, operation: str) -> int:
     """Return the key of one operation on one picture in one pass."""
     record = np.array([picture.record], dtype=np.uint64)
     return int(draws(key(seed, picture.visit, operation), record)[0])
-
-
-def _uniforms(picture: Picture, seed: int, operation: str) -> NDArray[np.float64]:
-    counters = np.arange(NUM_DRAWS, dtype=np.uint64)
-    return uniform(draws(_key(picture, seed, operation), counters))
 
 
 def _unnest(column: pa.ChunkedArray) -> NDArray[np.uint8]:

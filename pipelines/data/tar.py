@@ -235,7 +235,9 @@ def _reason(header: _Header, said: dict[str, str], *, is_named: bool) -> str:
 def _join(members: list[_Member]) -> Sample | PassedOver:
     size = sum(member.num_bytes for member in members)
     whole = b"".join(
-        member.headers + member.content + bytes(-len(member.content) % BLOCK) for member in members
+        part
+        for member in members
+        for part in (member.headers, member.content, bytes(-len(member.content) % BLOCK))
     )
     if size > MAX_SAMPLE_BYTES or len(whole) < size:
         return PassedOver(size, "quarantined:too-long")

@@ -74,6 +74,8 @@ class Rows(NamedTuple):
 class TextRows:
     """Makes the rows of a work order, and the batches of a slot, from text."""
 
+    rows_at_once = 0  # the pairs of an order exchange their second segments
+
     def __init__(self, config: TextConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import ray
 
 from pipelines.cluster import parallel_map
-from pipelines.data.decode import Pixels, decode
+from pipelines.data.decode import Pixels, Reduction, decode, leaving
 from pipelines.data.manifest import Document, Manifest, Picture
 from pipelines.errors import UserError
 from pipelines.storage import write_file
@@ -193,18 +193,18 @@ def _of_block(
 
 
 def _dhash(picture: Picture) -> int:
-    return dhash(_pixels(picture, 0))
+    return dhash(_pixels(picture))
 
 
 def _thumbnail(picture: Picture) -> Pixels:
-    return thumbnail(_pixels(picture, 2 * SIDE))
+    return thumbnail(_pixels(picture, leaving(2 * SIDE)))
 
 
 def _shingles(document: Document) -> Any:
     return shingles(document.text)
 
 
-def _pixels(picture: Picture, smallest_side: int) -> Pixels:
-    pixels = decode(picture.data, 3, smallest_side)
+def _pixels(picture: Picture, reduction: Reduction | None = None) -> Pixels:
+    pixels = decode(picture.data, 3, reduction)
     assert isinstance(pixels, np.ndarray), "it was decoded when it was embedded"
     return pixels
