@@ -90,6 +90,18 @@ def test_what_was_trained_is_what_was_planned(finished: Finished) -> None:
     assert verdict.steps == finished.config.steps
 
 
+def test_pictures_and_what_was_watched_are_in_mlflow(finished: Finished) -> None:
+    client = open_client(finished.config.tracking_uri)
+    run_id = finished.account["mlflow_run"]
+    logged = {file.path for file in client.list_artifacts(run_id, "pictures")}
+    assert logged == {"pictures/triplets.png", "pictures/map.png"}
+    drawn = sorted(path.name for path in (finished.dir / "pictures").iterdir())
+    assert drawn == ["map.png", "triplets.png"]
+    watched = client.get_metric_history(run_id, "collapse/uniformity")
+    assert [metric.step for metric in watched] == [1, 2, 3, 4, 5]
+    assert all(metric.value < 0 for metric in watched)
+
+
 @pytest.mark.slow
 def test_one_worker_trains_on_the_same_batches(
     finished: Finished, monkeypatch: pytest.MonkeyPatch

@@ -95,8 +95,14 @@ class ImageRows:
             }
         )
 
+    def decoded(self, picture: Picture) -> Pixels | Rejected:
+        """Return the pixels that views are cut from: no more of them than a view can need."""
+        views = self.config.views
+        smallest = views.size / np.sqrt(views.crop_scale[0])
+        return decode(picture.data, self.config.channels, int(np.ceil(smallest)))
+
     def views(self, picture: Picture, pixels: Pixels, seed: int) -> list[View]:
-        """Return what is drawn for the views of a picture, a function of these arguments."""
+        """Return what is drawn for the views of a `decoded` picture, a function of these."""
         height, width, _ = pixels.shape
         num_views = 2 if self.config.rows == "pairs" else 1
         return [
@@ -138,9 +144,7 @@ class ImageRows:
         return ("first", "corrupted") if self.config.corruption else ("first",)
 
     def _views(self, picture: Picture, seed: int) -> list[Pixels] | Rejected:
-        config = self.config
-        smallest = config.views.size / np.sqrt(config.views.crop_scale[0])
-        pixels = decode(picture.data, config.channels, int(np.ceil(smallest)))
+        config, pixels = self.config, self.decoded(picture)
         if isinstance(pixels, Rejected):
             return pixels
         views = [
