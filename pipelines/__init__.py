@@ -16,6 +16,7 @@
     training/tracking.py    metrics -> spool -> MLflow, without waiting and without loss
     use/evaluate.py         held-out documents -> figures beside what they have to beat
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
+    use/pictures.py         held-out pictures -> sheets of rows and reconstructions, a map; sheet.py
     use/embed.py            documents -> Parquet files with ids, each written once
     use/duplicates.py       embeddings -> pairs that are alike, groups, a sheet of the pictures
     use/nearest.py          embeddings and a query -> the nearest; neighbours.py searches for both
@@ -24,7 +25,7 @@
     use/promotion.py        scores -> intervals (comparison.py) -> `champion` moves, or stays
     use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back
 
-`pretrain.py` runs these stages, `use/preview.py` shows rows before any of them is trained on,
-`use/verify.py` makes the batches anew and compares, and `cli.py`
+`pretrain.py` runs these stages, `use/preview.py` and `use/preview_images.py` show rows before any
+of them is trained on, `use/verify.py` makes the batches anew and compares, and `cli.py`
 is the command. Raw data and everything random are addressed, so all of it can be repeated.
 """

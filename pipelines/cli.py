@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -108,12 +109,20 @@ def _run(verb: str, arguments: list[str]) -> dict[str, Any]:
 
         return pretrain(_config(verb, arguments))
     if verb == "preview":
-        from pipelines.use.preview import preview
-
-        return preview(_config(verb, arguments))
+        return _preview(_config(verb, arguments))
     command = tyro.cli(VERBS[verb], args=arguments, prog=f"rayssl {verb}")
     result: dict[str, Any] = command.run()
     return result
+
+
+def _preview(config: "RunConfig") -> dict[str, Any]:
+    if config.modality == "images":
+        from pipelines.use.preview_images import preview_images
+
+        return preview_images(config, Path(f"preview-{config.recipe}.png"))
+    from pipelines.use.preview import preview
+
+    return preview(config)
 
 
 def _config(verb: str, arguments: list[str]) -> "RunConfig":

@@ -59,6 +59,9 @@ class RunConfig:
     """Steps between commits; what is lost at most when everything dies."""
     log_every: int = 10
     """Steps between logged metrics."""
+    stop_on_collapse: int = 25
+    """After the warm-up of the learning rate, logged steps on end with a collapsed encoder that
+    stop the run; 0 never stops it."""
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
     init_from: str = ""
@@ -91,6 +94,8 @@ class RunConfig:
         for name in ("steps", "threads_per_worker", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stop_on_collapse < 0:
+            raise ValueError(f"stop_on_collapse must be at least 0, got {self.stop_on_collapse}")
         if not re.fullmatch(r"[\w-][\w.-]*|", self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
         if not MODEL_NAME.fullmatch(self.register):
@@ -182,6 +187,7 @@ FREE_TO_CHANGE = frozenset(
         "device",
         "checkpoint_every",
         "log_every",
+        "stop_on_collapse",
         "max_restarts",
         "vocabulary_file",
         "register",

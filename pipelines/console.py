@@ -7,6 +7,7 @@ from pathlib import Path
 from pipelines.config import RunConfig
 from pipelines.training.checkpoint import Attempt, CommitLog
 from pipelines.training.tracking import SpoolRecord, read_spool
+from ssl_models.objective import DIAGNOSIS
 
 PLAIN_LINES_EVERY_SECONDS = 10.0
 
@@ -36,6 +37,9 @@ class Progress:
             for line in _describe(attempt):
                 self._print(line, stays=True)
         records = self._read()
+        for record in records:
+            for line in _found_ill(record, self._config.stop_on_collapse):
+                self._print(line, stays=True)
         due = time.monotonic() - self._printed > PLAIN_LINES_EVERY_SECONDS
         if records and (self._live or due or records[-1].step == self._config.steps):
             self._printed = time.monotonic()
@@ -65,6 +69,16 @@ class Progress:
     def _print(self, line: str, *, stays: bool) -> None:
         clear = "\r\x1b[2K" if self._live else ""
         print(f"{clear}{line}", end="\n" if stays else "", flush=True)
+
+
+def _found_ill(record: SpoolRecord, limit: int) -> list[str]:
+    """Return what a logged step says to go wrong, where the one before it said nothing."""
+    what_follows = f"; the run stops if it does for {limit} logged steps on end" if limit else ""
+    return [
+        f"step {record.step}: the encoder shows {name.removeprefix(DIAGNOSIS)}{what_follows}"
+        for name, logged in record.metrics.items()
+        if name.startswith(DIAGNOSIS) and logged == 1
+    ]
 
 
 def _describe(attempt: Attempt) -> list[str]:

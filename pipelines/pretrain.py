@@ -34,6 +34,7 @@ from pipelines.use.bundle import write_bundle
 from pipelines.use.card import model_card
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
+from pipelines.use.pictures import write_pictures
 from pipelines.use.registry import RECIPE_TAG, Registered, register
 from ssl_models.objective import Objective
 
@@ -127,6 +128,8 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     for line in [*figures, *_curves(run)]:
         say(line)
     tracker.log_final_metrics(metrics, commit.step)
+    for path in [] if run.pieces else write_pictures(objective, run):
+        tracker.log_artifact(path, "pictures")
     ledger = {
         "records": {fate: vars(entry) for fate, entry in run.manifest.ledger.items()},
         "rows": commit.fates,

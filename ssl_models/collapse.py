@@ -32,7 +32,7 @@ class Figures:
     """`rank_me` of the embeddings as they are."""
     centred_rank: float
     """`rank_me` of the embeddings less their mean."""
-    full_rank: int
+    full_rank: float
     """The most that a rank can be, min(n - 1, D)."""
     alignment: float
     """0 where both views of an image are one; 2 for random directions."""
@@ -41,15 +41,13 @@ class Figures:
     spread: float
     """`feature_std` times the square root of D: 0 where all images are one, 1 for random ones."""
     active: float = math.nan
-    """Share of triplets with a loss above 0."""
+    """Share of triplets with a loss above 0, which the loss tells, not the embeddings."""
     margin_gap: float = math.nan
-    """|mean triplet loss / margin - 1|."""
+    """Mean triplet loss / margin - 1: 0 where all images are one."""
 
 
-def measure(
-    first_nD: Tensor, second_nD: Tensor, losses_n: Tensor | None = None, margin: float = math.nan
-) -> Figures:
-    """Return the figures of both views of n images, and of their triplet losses if there are any.
+def measure(first_nD: Tensor, second_nD: Tensor) -> Figures:
+    """Return the figures of both views of n images.
 
     Raises:
         ValueError: If there are fewer than two images.
@@ -64,8 +62,6 @@ def measure(
         alignment=alignment(first_nD, second_nD),
         uniformity=uniformity(first_nD),
         spread=feature_std(first_nD) * math.sqrt(size),
-        active=math.nan if losses_n is None else active_share(losses_n),
-        margin_gap=math.nan if losses_n is None else margin_gap(losses_n, margin),
     )
 
 
@@ -85,7 +81,7 @@ def diagnose(figures: Figures) -> str:
     if not math.isfinite(figures.uniformity + figures.alignment):
         return "not finite"
     is_cone = figures.spread < CONE_SPREAD
-    is_at_margin = figures.active == 1.0 and figures.margin_gap < AT_MARGIN
+    is_at_margin = figures.active == 1.0 and abs(figures.margin_gap) < AT_MARGIN
     if figures.spread < TOTAL_SPREAD or (is_cone and is_at_margin):
         return "total collapse"
     if is_cone:
@@ -138,13 +134,3 @@ def feature_std(embeddings_nD: Tensor) -> float:
     1 / sqrt(D) for random directions.
     """
     return unit_rows(embeddings_nD.float()).std(dim=0).mean().item()
-
-
-def active_share(losses_n: Tensor) -> float:
-    """Return the share of triplets that teach something, those with a loss above 0."""
-    return (losses_n > 0).float().mean().item()
-
-
-def margin_gap(losses_n: Tensor, margin: float) -> float:
-    """Return |mean loss / margin - 1|, which is 0 where all images are one."""
-    return abs(losses_n.float().mean().item() / margin - 1.0)

@@ -7,13 +7,15 @@ told from; and, if known, `group` int64 (B,), an id that duplicates share and no
 all of the data. For `encode` it holds `image` uint8 (B, C, H, W).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 
+from ssl_models.collapse import Figures, diagnose, measure
 from ssl_models.contrastive_losses import (
     NTXentLossConfig,
     Rows,
@@ -25,7 +27,12 @@ from ssl_models.contrastive_losses import (
 )
 from ssl_models.gather import gather_rows, own_rows, row_counts
 from ssl_models.image_encoder import ImageEncoderConfig, build_image_encoder
-from ssl_models.objective import Batch, Objective, StepOutput, Terms
+from ssl_models.objective import WATCHED, Batch, Objective, StepOutput, Terms
+
+TOLD_BY_LOSS = ("active", "margin_gap")
+"""Figures that metrics of the triplet loss have, of all rows."""
+WATCHED_ROWS = 256
+"""Of a step, about so many rows are watched, as many of each slot: enough for a rank of 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,10 @@ class Contrastive(Objective):
     """An image encoder with a projection head, trained on one term, `triplet` or `nt-xent`."""
 
     pretraining_only = ("projection.",)
+    remedy = (
+        "a lower learning rate or a longer warm-up, semi-hard or random negatives in place of hard "
+        "ones, or the loss nt-xent"
+    )
 
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
@@ -87,9 +98,10 @@ class Contrastive(Objective):
         """Return the summed losses of one slot, computed in float32 even under autocast.
 
         With global negatives this is the step of ranks that have one slot each. Metrics are sums
-        over anchors: of `triplet_loss`, `active`, which is 1 where it is above 0, and
-        `positive_distance`, and over anchors with a negative of `negative_distance`; or of
-        `nt_xent_loss` and `nt_xent_accuracy`, 1 where the other view is the nearest.
+        over anchors: of `triplet_loss`, `active`, which is 1 where it is above 0, `margin_gap`, the
+        loss / margin - 1, and `positive_distance`, and over anchors with a negative of
+        `negative_distance`; or of `nt_xent_loss` and `nt_xent_accuracy`, 1 where the other view is
+        the nearest.
         """
         return self.join([self.embed(batch)], [batch])
 
@@ -114,6 +126,34 @@ class Contrastive(Objective):
         """Return the encoder's features of `image`, float32 (B, width)."""
         features: Tensor = self.encoder(batch["image"])
         return features
+
+    @torch.no_grad()
+    def watch(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Return the figures of `collapse.py` of some rows of every slot; none of fewer than two.
+
+        It costs a forward pass of these rows.
+        """
+        device = batches[0]["weight"].device
+        share = -(-WATCHED_ROWS // sum(row_counts(len(batches), device)))
+        heads = [{name: tensor[:share] for name, tensor in batch.items()} for batch in batches]
+        weight = torch.cat([head["weight"] for head in heads])
+        counts = row_counts(len(weight), device)
+        everyone_N2P = gather_rows(torch.cat([self.embed(head) for head in heads]), counts)
+        used_n2P = everyone_N2P[gather_rows(weight, counts) > 0].float().cpu()
+        if len(used_n2P) < 2:
+            return {}
+        figures = vars(measure(used_n2P[:, 0], used_n2P[:, 1]))
+        return {f"{WATCHED}{name}": figures[name] for name in figures if name not in TOLD_BY_LOSS}
+
+    def diagnose(self, means: Mapping[str, float]) -> str:
+        """Return the name of a collapse, as `collapse.py` gives it, or ""."""
+        watched = {
+            name.removeprefix(WATCHED): mean
+            for name, mean in means.items()
+            if name.startswith(WATCHED)
+        }
+        told = {name: means.get(name, math.nan) for name in TOLD_BY_LOSS}
+        return diagnose(Figures(**watched, **told)) if watched else ""
 
     def _compared(self, embedded_B2P: Tensor, batches: Sequence[Batch]) -> tuple[Rows, slice]:
         """Return the rows that are compared, and which of them are this rank's."""
@@ -148,6 +188,7 @@ class Contrastive(Objective):
                 metrics = {
                     "triplet_loss": term,
                     "active": (((found.loss > 0) * weight_B).sum(), total),
+                    "margin_gap": (term[0] / loss.margin - total, total),
                     "positive_distance": ((found.positive * weight_B).sum(), total),
                     "negative_distance": (far, told_B.sum(dtype=torch.float32)),
                 }

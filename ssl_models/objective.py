@@ -17,7 +17,7 @@ passes of the slots come before the one loss:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,11 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 Terms = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, weight), scalar float32: the mean over slots is sum of sums / sum of weights."""
+
+WATCHED = "collapse/"
+"""What the names of watched figures start with."""
+DIAGNOSIS = "diagnosis/"
+"""What the name of a metric starts with that tells what goes wrong, and for how long."""
 
 
 class StepOutput(NamedTuple):
@@ -50,6 +55,8 @@ class Objective(nn.Module, ABC):
     """Whether a row's loss depends on rows of other slots: `join` then stands for `forward`."""
     pretraining_only: tuple[str, ...] = ()
     """Prefixes of the state dict's keys that `encode` does not need: a handover may leave them."""
+    remedy: str = ""
+    """What may help against what `diagnose` names."""
 
     @abstractmethod
     def weights(self, batch: Batch) -> dict[str, Tensor]:
@@ -74,6 +81,20 @@ class Objective(nn.Module, ABC):
         metrics are of this rank's rows alone, so they add up over the ranks like those of slots.
         """
         raise NotImplementedError(f"{type(self).__name__} does not join slots")
+
+    def watch(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Return figures that tell what a loss hides, of the slots of this rank and all others.
+
+        A collective; all ranks get the same figures, whatever their number. Their names start with
+        `WATCHED`. There are none of an objective that cannot collapse.
+        """
+        del batches
+        return {}
+
+    def diagnose(self, means: Mapping[str, float]) -> str:
+        """Return the name of what means of metrics and figures show to go wrong, or ""."""
+        del means
+        return ""
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run `forward` with its hooks; here so that type checkers see its result."""

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_models import build_objective
+from ssl_models import build_objective, contrastive
 from ssl_models.collapse import diagnose, measure
 from ssl_models.contrastive import Contrastive, ContrastiveConfig
 from ssl_models.contrastive_losses import NTXentLossConfig, TripletLossConfig
-from ssl_models.objective import Batch, joint_loss
+from ssl_models.objective import WATCHED, Batch, joint_loss
 from ssl_models.resnet import ResNetConfig
 from ssl_models.vit import ViTConfig
 
@@ -232,6 +232,32 @@ def _accuracy(objective: Contrastive, batch: Batch) -> float:
     distances = torch.cdist(features, features)
     nearest = distances.fill_diagonal_(math.inf).argmin(dim=1)
     return (batch["group"][nearest] == batch["group"]).float().mean().item()
+
+
+def test_what_is_watched_are_the_figures_of_the_rows_that_have_a_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective, batch = _objective(), _batch()
+    with torch.no_grad():
+        embedded = objective.embed(batch)
+    for share, kept in ((6, [0, 1, 3, 4, 5]), (4, [0, 1, 3]), (2, [0, 1])):
+        monkeypatch.setattr(contrastive, "WATCHED_ROWS", 2 * share)
+        expected = measure(embedded[kept * 2, 0], embedded[kept * 2, 1])
+        found = objective.watch([batch, batch])
+        for name, value in found.items():
+            told = getattr(expected, name.removeprefix(WATCHED))
+            assert value == pytest.approx(told, rel=1e-3, abs=1e-6), name
+        means = found | {"active": 1.0, "margin_gap": 0.0}
+        assert objective.diagnose(means) == diagnose(replace(expected, active=1.0, margin_gap=0.0))
+    assert objective.watch([_batch(1)]) == {}
+    assert objective.diagnose({"active": 1.0, "margin_gap": 0.0}) == ""
+
+
+def test_the_gap_to_the_margin_is_a_mean_over_anchors() -> None:
+    objective = _objective(loss=TripletLossConfig(margin=0.5))
+    metrics = objective(_batch()).metrics
+    loss, gap = (float(metrics[n][0] / metrics[n][1]) for n in ("triplet_loss", "margin_gap"))
+    assert gap == pytest.approx(loss / 0.5 - 1)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,10 @@ def table(output: StepOutput) -> Tensor:
     return torch.stack([torch.stack(pair) for pair in output.metrics.values()])
 
 
+def watched(model: Contrastive, batches: list[Batch]) -> Tensor:
+    return torch.tensor(list(model.watch(batches).values()), dtype=torch.float64)
+
+
 def step(model: Contrastive, batches: list[Batch]) -> dict[str, Tensor]:
     """Go backward on some slots as one of the ranks; return the loss and gradient of all."""
     name = model.config.loss.kind
@@ -112,6 +116,7 @@ def step(model: Contrastive, batches: list[Batch]) -> dict[str, Tensor]:
         "loss": loss.detach(),
         "gradient": gradient(model, loss),
         "metrics": torch.stack([table(output) for output in outputs]).sum(dim=0),
+        "watched": watched(model, batches) / dist.get_world_size(),
     }
     for tensor in found.values():
         dist.all_reduce(tensor)
@@ -189,6 +194,8 @@ def test_6_ranks_have_the_loss_and_gradient_of_the_joined_batch(
     loss = joint_loss(output.terms, model.coefficients, model.weights(batch))
     vector = gradient(model, loss)
     expected = {"loss": loss.detach(), "gradient": vector, "metrics": table(output)}
+    figures = watched(model, [batch])
+    assert len(figures) == 6
     assert loss > 0.1
     assert vector.abs().max() > 1e-3
     for rank in range(len(SPLITS[split])):
@@ -197,6 +204,8 @@ def test_6_ranks_have_the_loss_and_gradient_of_the_joined_batch(
             np.testing.assert_allclose(
                 found[f"{name}-{weights}-{part}"], value, rtol=1e-6, atol=1e-9, err_msg=part
             )
+        together = found[f"{name}-{weights}-watched"]
+        np.testing.assert_allclose(together, figures, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -99,6 +99,18 @@ def losses(run: Path) -> dict[int, float]:
     return {r.step: r.metrics["loss"] for r in records if "loss" in r.metrics}
 
 
+def test_pictures_and_what_was_watched_are_in_mlflow(finished: Finished) -> None:
+    client = open_client(finished.config.tracking_uri)
+    run_id = finished.account["mlflow_run"]
+    logged = {file.path for file in client.list_artifacts(run_id, "pictures")}
+    assert logged == {"pictures/triplets.png", "pictures/map.png"}
+    drawn = sorted(path.name for path in (finished.dir / "pictures").iterdir())
+    assert drawn == ["map.png", "triplets.png"]
+    watched = client.get_metric_history(run_id, "collapse/uniformity")
+    assert [metric.step for metric in watched] == [1, 2, 3, 4, 5]
+    assert all(metric.value < 0 for metric in watched)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_trains_on_the_same_batches_with_the_same_losses(

@@ -122,7 +122,7 @@ class ImageRows:
         return decode(picture.data, self.config.channels, reduction)
 
     def views(self, picture: Picture, pixels: Pixels, seed: int) -> list[View]:
-        """Return what is drawn for the views of a picture, a function of these arguments."""
+        """Return what is drawn for the views of a `decoded` picture, a function of these."""
         height, width, _ = pixels.shape
         return self._draw(picture, height, width, seed)
 

@@ -35,7 +35,7 @@ from pipelines.training.feed import Feed
 from pipelines.training.start import draw
 from pipelines.training.tracking import SpoolWriter
 from ssl_models import build_objective
-from ssl_models.objective import Batch, Objective, StepOutput, joint_loss
+from ssl_models.objective import DIAGNOSIS, WATCHED, Batch, Objective, StepOutput, joint_loss
 from ssl_models.optim import FlatGradients, build_optimizer, learning_rate
 
 
@@ -84,7 +84,8 @@ def train_worker(job: Job) -> None:
     An attempt for which too few rows were planned ends earlier; all that it made is committed.
 
     Raises:
-        TrainingError: If a gradient is not finite; nothing of that step is kept.
+        TrainingError: If a gradient is not finite, of which step nothing is kept, or if the encoder
+            has collapsed for `stop_on_collapse` logged steps.
     """
     config = job.config
     rank = ray.train.get_context().get_world_rank()
@@ -195,7 +196,16 @@ def train_step(learner: Learner, slots: dict[int, ArrayBatch], step: int) -> dic
         group["lr"] = learning_rate(config.optimizer, step, config.steps)
     learner.optimizer.step()
     one = torch.ones((), device=learner.device)
-    return metrics | {"gradient_norm": torch.stack([norm, one])}
+    metrics["gradient_norm"] = torch.stack([norm, one])
+    if (step + 1) % config.log_every == 0:
+        with _autocast(learner.device):
+            figures = objective.watch([batches[slot] for slot in sorted(batches)])
+        metrics |= {name: torch.stack([value * one, one]) for name, value in figures.items()}
+    return metrics
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda")
 
 
 def _outputs(
@@ -207,7 +217,7 @@ def _outputs(
     def in_slot(forward: Callable[[Batch], Any], slot: int) -> Any:
         # Dropout depends on the slot, not on who computes it.
         torch.manual_seed(key(seed, step, slot, "dropout") >> 1)
-        with torch.autocast(learner.device.type, torch.bfloat16, learner.device.type == "cuda"):
+        with _autocast(learner.device):
             return forward(batches[slot])
 
     if objective.joins_slots:
@@ -251,10 +261,15 @@ def advance(
 
 
 class Meter:
-    """Adds up metrics between two logged steps; rank 0 writes them to the spool."""
+    """Adds up metrics between two logged steps; rank 0 writes them to the spool.
+
+    What the objective finds wrong after the warm-up is one of them: `diagnosis/NAME`, for how many
+    logged steps of this attempt on end.
+    """
 
     def __init__(self, learner: Learner, spool: Path, rank: int) -> None:
-        self._config = learner.config
+        self._config, self._objective = learner.config, learner.objective
+        self._ill = 0
         self._path = spool
         self._spool = SpoolWriter(spool) if rank == 0 else None
         self._reset()
@@ -274,7 +289,11 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + pair
 
     def log(self, step: int) -> None:
-        """Log the means over all ranks since the last call, if any; called by all of them."""
+        """Log the means over all ranks since the last call, if any; called by all of them.
+
+        Raises:
+            TrainingError: If the encoder has collapsed for too long; on all ranks.
+        """
         if not self._steps:
             return
         names = sorted(self._sums)
@@ -285,6 +304,10 @@ class Meter:
             for name, (total, weight) in zip(names, table.tolist(), strict=True)
             if weight > 0
         }
+        is_warm = step > self._config.optimizer.warmup_ratio * self._config.steps
+        name = self._objective.diagnose(means) if is_warm else ""
+        self._ill = self._ill + 1 if name else 0
+        diagnosis = {f"{DIAGNOSIS}{name}": float(self._ill)} if name else {}
         seconds = time.perf_counter() - self._since
         rows_per_second = self._steps * self._config.order.rows_per_step / seconds
         rates = {
@@ -299,8 +322,19 @@ class Meter:
         }
         if self._spool is not None:
             with writing(self._path):
-                self._spool.append(step, means | rates | others)
+                self._spool.append(step, means | rates | others | diagnosis)
         self._reset()
+        if 0 < self._config.stop_on_collapse <= self._ill:
+            figures = (
+                f"{figure.removeprefix(WATCHED)} {mean:.3g}"
+                for figure, mean in means.items()
+                if figure.startswith(WATCHED)
+            )
+            raise TrainingError(
+                f"{name} at step {step}, for {self._ill} logged steps on end "
+                f"({', '.join(figures)}): start a run of another name with {self._objective.remedy}"
+                "; --stop-on-collapse 0 lets this one go on"
+            )
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
