@@ -14,9 +14,10 @@
     training/loop.py        slots -> loss -> one summed gradient -> step; the only loop
     training/checkpoint.py  the commit log: what was trained, and where to go on
     training/tracking.py    metrics -> spool -> MLflow, without waiting and without loss
+    use/heldout.py          what is measured on, without copies of what was trained on
     use/evaluate.py         held-out documents -> figures beside what they have to beat
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
-    use/embed.py            documents -> Parquet files with ids, each written once
+    use/embed.py            documents or pictures -> Parquet files with ids, each written once
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py
     use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back
 
