@@ -170,7 +170,7 @@ def write_unit(job: EmbedJob, unit: int) -> int:
     table = pa.concat_tables(names).append_column("embedding", vectors)
     metadata = job.metadata
     if reasons:
-        table = table.take([i for i in range(len(items)) if i not in reasons])
+        table = table.filter(pa.array([i not in reasons for i in range(len(items))]))
         told = {items[i].record: reason for i, reason in reasons.items()}
         quarantined = [asdict(entry) for number in blocks for entry in _places(job, number, told)]
         metadata[QUARANTINED] = json.dumps(quarantined)
