@@ -17,7 +17,7 @@ from pipelines.data import indexing
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.recipes import recipe
 from pipelines.use.bundle import manifest_sha256, write_bundle
-from pipelines.use.embed import EmbedJob, embed, write_unit
+from pipelines.use.embed import QUARANTINED, EmbedJob, embed, write_unit
 from pipelines.use.registry import load_encoder
 from ssl_models import build_objective
 from tests.corpus import serial_map, write_corpus
@@ -127,6 +127,22 @@ def test_every_form_gives_the_same_embeddings_and_names_what_has_none(
     named = [re.sub(suffix, "", name) for name in READABLE]
     assert tables[1]["id"].to_pylist() == named
     assert tables[0]["record"].to_pylist() == [KEYS.index(key) for key in READABLE]
+    told = [pq.read_metadata(path).metadata for path in sorted(jobs[0].out.glob("*.parquet"))]
+    places = [entry for of in told for entry in json.loads(of.get(QUARANTINED.encode(), b"[]"))]
+    assert [entry["reason"].removeprefix("quarantined:") for entry in places] == [
+        "not-an-image",
+        "cut-image",
+    ]
+    for entry, number in zip(places, (HTML, CUT), strict=True):
+        data = PICTURES[KEYS[number]]
+        if write is write_files:
+            assert (entry["path"], entry["offset"]) == (KEYS[number], 0)
+        elif write is write_parquet:
+            assert (entry["path"], entry["offset"]) == ("x.parquet", number)
+        else:  # its header is before it
+            shard = (tmp_path / "data" / "x.tar").read_bytes()
+            assert entry["offset"] == shard.index(data) - 512
+        assert entry["bytes"] >= len(data)
     embedded = np.array(tables[0]["embedding"].to_pylist())
     alone = jobs[0].encoder.encode([PICTURES[key] for key in READABLE])
     np.testing.assert_allclose(embedded, alone, rtol=1e-4, atol=1e-5)
@@ -179,7 +195,7 @@ def test_data_of_the_other_modality_is_refused_before_it_is_read(
     write_corpus(tmp_path / "text", num_documents=4, num_shards=1)
     assert main(["embed", str(bundle), str(tmp_path / "text"), "--out", str(tmp_path / "o")]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "part-0.jsonl holds text, and this is for images" in line
+    assert "part-0.jsonl holds no images, which is what this is for" in line
 
 
 @pytest.mark.usefixtures("ray_session")

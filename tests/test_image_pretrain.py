@@ -200,7 +200,7 @@ def test_a_recipe_of_text_refuses_pictures(finished: Finished, tmp_path: Path) -
     asked = replace(
         recipe("text-tiny"), data=finished.config.data, name="x", runs=str(tmp_path / "runs")
     )
-    with pytest.raises(UserError, match=r"part-0\.tar holds images, and this is for text"):
+    with pytest.raises(UserError, match=r"part-0\.tar holds no text, which is"):
         pretrain(asked)
 
 

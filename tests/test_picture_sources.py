@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipelines.data.batches import RowSource
 from pipelines.data.gate import check
 from pipelines.data.images import FATES, ImageRows
 from pipelines.data.manifest import Manifest, Picture, Split
+from pipelines.data.parquet import PICTURES as WANTED
+from pipelines.data.parquet import row_groups
 from pipelines.data.plan import Plan
 from pipelines.data.records import Modality
 from pipelines.data.shards import SourceConfig, find_shards
@@ -177,6 +180,16 @@ def test_the_fingerprint_is_that_of_the_files_wherever_they_lie(tmp_path: Path) 
     assert changed(lambda: Path("a/labels.csv").write_text("a,b")) == first
 
 
+def test_no_two_folders_have_the_same_hash(tmp_path: Path) -> None:
+    hashes = set()
+    for i, contents in enumerate([(b"ab", b"c"), (b"a", b"bc"), (b"", b"abc")]):
+        (tmp_path / f"{i}").mkdir()
+        for name, data in zip("xy", contents, strict=True):
+            (tmp_path / f"{i}" / f"{name}.png").write_bytes(data)
+        hashes.add(manifest_of(tmp_path / f"{i}").blocks[0].sha256)
+    assert len(hashes) == 3
+
+
 def test_what_systems_leave_beside_pictures_is_ignored(tmp_path: Path) -> None:
     write_files(tmp_path)
     for name in (".DS_Store", "a/._000.jpeg", "a/Thumbs.db", "README.md", ".hidden.png"):
@@ -208,14 +221,14 @@ def test_loose_pictures_and_shards_are_no_one_corpus(
 
 
 def test_what_holds_the_other_modality_is_refused_by_name(tmp_path: Path) -> None:
-    cases: list[tuple[str, Modality, Modality]] = [
-        ("a.tar", "text", "images"),
-        ("a.png", "text", "images"),
-        ("a.jsonl", "images", "text"),
+    cases: list[tuple[str, Modality]] = [
+        ("a.tar", "text"),
+        ("a.png", "text"),
+        ("a.jsonl", "images"),
     ]
-    for name, asked, held in cases:
+    for name, asked in cases:
         (tmp_path / name).touch()
-        with pytest.raises(UserError, match=rf"{name} holds {held}, and this is for {asked}"):
+        with pytest.raises(UserError, match=rf"{name} holds no {asked}, which is what this is for"):
             find_shards([str(tmp_path / name)], asked)
     (tmp_path / "a.parquet").touch()
     assert find_shards([str(tmp_path / "a.parquet")], "images")
@@ -327,6 +340,17 @@ def test_a_column_that_is_none_of_pictures_is_answered_with_those_there_are(
     assert "no. 7" in [*text.texts("training"), *text.texts("heldout")]
 
 
+def test_of_a_large_row_group_little_is_held(tmp_path: Path) -> None:
+    large = pa.array([bytes([i % 256]) * 100_000 for i in range(400)], pa.binary())
+    settings = {"use_dictionary": False, "write_batch_size": 8, "compression": "none"}
+    name = str(write_parquet(tmp_path, large, row_group_size=400, **settings))
+    before = pa.total_allocated_bytes()
+    found = chain.from_iterable(row_groups(name, "image", WANTED, 200, lambda _: None))
+    held = [pa.total_allocated_bytes() - before for _ in found]
+    assert len(held) == 400
+    assert max(held) < 20_000_000
+
+
 def test_the_picture_column_is_in_the_fingerprint_only_where_it_is_read(tmp_path: Path) -> None:
     write_as_datasets(tmp_path)
     other = SourceConfig(heldout_ratio=0.2, image_field="other")
@@ -334,6 +358,21 @@ def test_the_picture_column_is_in_the_fingerprint_only_where_it_is_read(tmp_path
         manifest = manifest_of(tmp_path, modality=modality)
         renamed = replace(manifest, source=other)
         assert (renamed.fingerprint != manifest.fingerprint) == (modality == "images")
+
+
+def test_sources_of_loose_pictures_are_shards_of_their_own(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    patterns = [tmp_path / "**" / f"*.{form}" for form in ("png", "jpeg")]  # in turn, by name
+    manifest = manifest_of(*patterns, separate=True)
+    assert [(shard.path, shard.source) for shard in manifest.shards] == [(".", 0), (".", 1)]
+    ends = [
+        {name[-4:] for b in manifest.blocks if b.shard == n for name in b.files} for n in (0, 1)
+    ]
+    assert ends == [{".png"}, {"jpeg"}]
+    assert len(read(manifest)) == NUM_PICTURES
+    assert set(manifest.files()) == {
+        (str(tmp_path / name), int(name.endswith("jpeg"))) for name, _ in FILES
+    }
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -19,6 +19,7 @@ from pipelines.errors import DataError
 
 BYTES = "bytes"
 """The field of a struct that holds a picture."""
+READ_BYTES = 4 * 1024 * 1024
 BATCH_ROWS = 8
 """A batch repeats whatever a dictionary holds once, so that few rows bound its memory."""
 _NULL = b"\xff" * 8
@@ -101,7 +102,12 @@ def rows_from(
 def _open(name: str, column: str, wanted: Wanted) -> Iterator[tuple[pq.ParquetFile, str, int]]:
     """Open a shard that has such a column; with it come the path of its values and its bytes."""
     with open_file(name) as file:
-        shard = pq.ParquetFile(file, page_checksum_verification=True)
+        shard = pq.ParquetFile(
+            file,
+            page_checksum_verification=True,
+            pre_buffer=False,  # which is the whole column of a row group
+            buffer_size=READ_BYTES,
+        )
         schema = shard.schema_arrow
         index = schema.get_field_index(column)  # -1 also where two have the name
         if index < 0 or not wanted.has(schema.field(index).type):

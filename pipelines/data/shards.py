@@ -22,7 +22,8 @@ from pipelines.data.records import (
 )
 from pipelines.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".txt", ".parquet", ".tar")
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".txt")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".tar")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 """Of loose pictures and of those in a sample; what they are is told by their bytes."""
 TOO_LONG = "quarantined:too-long"
@@ -106,41 +107,42 @@ def find_shards(
 
 
 def _refuse_mixture(names: Sequence[str], modality: Modality | None) -> None:
-    held = {_held(name): name for name in reversed(names)}  # the first that holds each
-    if "text" in held and "images" in held:
+    first = {_kind(name): name for name in reversed(names)}
+    picture, text = first.get("picture"), first.get("text")
+    images = first.get("tar") or picture
+    if text and images:
+        raise UserError(f"{images} holds pictures and {text} text: name either in --data")
+    if picture and (shard := first.get("tar") or first.get("parquet")):
         raise UserError(
-            f"{held['images']} holds pictures and {held['text']} text: name either in --data"
+            f"{picture} is a picture and {shard} a shard of many records: name either in --data"
         )
-    loose = {is_picture(name): name for name in reversed(names)}
-    if len(loose) == 2:
-        raise UserError(
-            f"{loose[True]} is a picture and {loose[False]} a shard of many records: name either "
-            "in --data"
-        )
-    for kind, name in held.items():
-        if kind and modality and kind != modality:
-            raise UserError(f"{name} holds {kind}, and this is for {modality}: name other --data")
+    # Parquet holds what is asked of it.
+    if wrong := {"text": images, "images": text}.get(modality or ""):
+        raise UserError(f"{wrong} holds no {modality}, which is what this is for: name other data")
 
 
-def _held(name: str) -> Modality | None:
-    """Return what a file holds by its name; parquet holds what is asked of it."""
-    suffix = suffixes(name)[0]
-    if suffix == ".parquet":
-        return None
-    return "images" if suffix == ".tar" or is_picture(name) else "text"
+def _kind(name: str) -> Literal["text", "parquet", "tar", "picture", ""]:
+    """Return what a file is by its name; hidden pictures are what systems left."""
+    form, packing = suffixes(name)
+    if form in TEXT_SUFFIXES:
+        return "text"
+    if form == ".tar":
+        return "tar"
+    if form == ".parquet" and not packing:
+        return "parquet"
+    if form[1:] not in EXTENSIONS or packing:
+        return ""
+    return "" if os.path.basename(parse(name).path).startswith(".") else "picture"
 
 
 def is_shard(name: str) -> bool:
     """Return whether a file is raw data by its name."""
-    form, packing = suffixes(name)
-    return (form in SUFFIXES and not (packing and form == ".parquet")) or is_picture(name)
+    return _kind(name) != ""
 
 
 def is_picture(name: str) -> bool:
-    """Return whether a file is a loose picture by its name; hidden ones are what systems left."""
-    form, packing = suffixes(name)
-    is_hidden = os.path.basename(parse(name).path).startswith(".")
-    return form[1:] in EXTENSIONS and not packing and not is_hidden
+    """Return whether a file is a loose picture by its name."""
+    return _kind(name) == "picture"
 
 
 def identity(name: str) -> str:
