@@ -14,10 +14,11 @@
     training/loop.py        slots -> loss -> one summed gradient -> step; the only loop
     training/checkpoint.py  the commit log: what was trained, and where to go on
     training/tracking.py    metrics -> spool -> MLflow, without waiting and without loss
+    use/heldout.py          what is measured on, without copies of what was trained on
     use/evaluate.py         held-out documents -> figures beside what they have to beat
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
     use/pictures.py         held-out pictures -> sheets of rows and reconstructions, a map; sheet.py
-    use/embed.py            documents -> Parquet files with ids, each written once
+    use/embed.py            documents or pictures -> Parquet files with ids, each written once
     use/duplicates.py       embeddings -> pairs that are alike, groups, a sheet of the pictures
     use/nearest.py          embeddings and a query -> the nearest; neighbours.py searches for both
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py

@@ -11,6 +11,7 @@ from pydantic import Discriminator, TypeAdapter, ValidationError
 from pipelines.data.images import ImageConfig
 from pipelines.data.manifest import GATES
 from pipelines.data.plan import OrderConfig
+from pipelines.data.records import Modality
 from pipelines.data.shards import SourceConfig
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import VocabularyConfig
@@ -33,7 +34,8 @@ class RunConfig:
     """The named run that this one started from."""
     data: tuple[str, ...] = ()
     """Raw shards: files, folders or quoted globs, local or as URIs such as s3://bucket/folder;
-    text in .txt and .jsonl, plain, .gz or .zst, and .parquet; pictures in .tar."""
+    text in .txt and .jsonl, plain, .gz or .zst, and .parquet; pictures in .tar and .parquet, or
+    loose in folders."""
     data_licence: str = ""
     """Licence of the data, to be told in the model card and by the registered version."""
     weights: tuple[float, ...] = ()
@@ -115,7 +117,7 @@ class RunConfig:
                 _check_images(self, self.objective)
 
     @property
-    def modality(self) -> Literal["text", "images"]:
+    def modality(self) -> Modality:
         """What the run is trained on, and which field says how it becomes rows."""
         return "text" if isinstance(self.objective, MaskedLanguageConfig) else "images"
 

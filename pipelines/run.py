@@ -11,13 +11,14 @@ from pathlib import Path
 from pipelines.cluster import parallel_map
 from pipelines.config import RunConfig, changed, from_record, to_record, with_vocab_size
 from pipelines.data.batches import RowMaker, RowSource
-from pipelines.data.filesystems import File, join
+from pipelines.data.filesystems import File
 from pipelines.data.gate import check
 from pipelines.data.images import ImageRows
 from pipelines.data.indexing import build
 from pipelines.data.manifest import GATES, Manifest
 from pipelines.data.plan import Plan
-from pipelines.data.shards import SourceConfig, find_shards, holds_pictures, identity
+from pipelines.data.records import Modality
+from pipelines.data.shards import SourceConfig, find_shards, identity
 from pipelines.data.text import TextRows
 from pipelines.data.vocabulary import Vocabulary, load_vocabulary
 from pipelines.data.vocabulary_training import train_on_corpus
@@ -123,7 +124,8 @@ def open_run(config: RunConfig, run_dir: Path) -> Run:
             ": leave --vocabulary-file out, or choose another --name"
         )
     if config.data:
-        _refuse_other_data(run, find_shards(config.data, separate=bool(config.weights)))
+        files = find_shards(config.data, config.modality, separate=bool(config.weights))
+        _refuse_other_data(run, files)
     return replace(run, config=settled)
 
 
@@ -163,25 +165,32 @@ def load_run(run_dir: Path) -> Run:
 
 
 def index(
-    patterns: Sequence[str], source: SourceConfig, cache: Path, *, separate: bool = False
+    patterns: Sequence[str],
+    source: SourceConfig,
+    cache: Path,
+    modality: Modality | None = None,
+    *,
+    separate: bool = False,
 ) -> Manifest:
     """Return the manifest of the shards, from the cache if no shard has changed since.
 
-    With `separate`, each pattern is a source of its own. Whether the corpus may be used is for
+    Without a modality it is what the names of the shards tell, and parquet is read as text. With
+    `separate`, each pattern is a source of its own. Whether the corpus may be used is for
     `gate.check` to say.
 
     Raises:
-        UserError: If a pattern matches nothing, or a store cannot be reached.
+        UserError: If a pattern matches nothing, a store cannot be reached, or a shard does not
+            hold what the modality asks for.
         DataError: If a shard cannot be read, but for one that is cut.
     """
-    files = find_shards(patterns, separate=separate)
+    files = find_shards(patterns, modality, separate=separate)
     reading = {name: value for name, value in vars(source).items() if name not in GATES}
-    state = json.dumps([files, reading])
+    state = json.dumps([files, reading, modality or "text"])
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one
         cached = json.loads(cache.read_text())
         if cached["state"] == state:
             return replace(Manifest.from_json(cached["manifest"]), source=source)
-    manifest = build(files, source, parallel_map)
+    manifest = build(files, source, parallel_map, modality or "text")
     write_json(cache, {"state": state, "manifest": manifest.to_json()})
     return manifest
 
@@ -196,14 +205,8 @@ def index_data(config: RunConfig) -> Manifest:
     """
     if not config.data:
         raise UserError("no data: name raw shards with --data 'corpus/*.jsonl'")
-    found = find_shards(config.data, separate=bool(config.weights))[0].name
-    modality = "images" if holds_pictures(found) else "text"
-    if modality != config.modality:
-        raise UserError(
-            f"{found} holds {modality}, and recipe {config.recipe} is of {config.modality}"
-        )
-    cache = Path(config.runs) / ".index" / "manifest.json"
-    manifest = index(config.data, config.source, cache, separate=bool(config.weights))
+    cache, separate = Path(config.runs) / ".index" / "manifest.json", bool(config.weights)
+    manifest = index(config.data, config.source, cache, config.modality, separate=separate)
     check(manifest)
     _refuse_idle_source(config, manifest)
     return manifest
@@ -260,13 +263,11 @@ def _refuse_idle_source(config: RunConfig, manifest: Manifest) -> None:
     used = {manifest.shards[manifest.blocks[block].shard].source for block in blocks}
     for number, pattern in enumerate(config.data[: len(config.weights)]):
         if number not in used:
-            raise DataError(f"{pattern!r} has a weight but no document for training; leave it out")
+            raise DataError(f"{pattern!r} has a weight but nothing for training; leave it out")
 
 
 def _refuse_other_data(run: Run, files: Sequence[File]) -> None:
-    root = run.manifest.root
-    shards = run.manifest.shards
-    recorded = {(identity(join(root, shard.path)), shard.source) for shard in shards}
+    recorded = {(identity(name), source) for name, source in run.manifest.files()}
     given = {(identity(file.name), file.source) for file in files}
     if given != recorded:
         odd, _ = sorted(given ^ recorded)[0]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
+from pipelines.data.records import Modality
 from pipelines.data.shards import SourceConfig, is_shard
 from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import UserError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.use.embed import EmbedJob
     from pipelines.use.encoder import Encoder
     from pipelines.use.evaluate import Evaluation
+    from pipelines.use.evaluate_images import ImageEvaluation
 
 Model = Annotated[
     tyro.conf.Positional[str],
@@ -78,6 +80,8 @@ class Index:
     """Files, folders or quoted globs, local or as URIs such as s3://bucket/folder."""
     out: Path = Path("runs/.index/manifest.json")
     """Where the manifest is kept; used again as long as no shard changes."""
+    images: bool = False
+    """Of parquet, read the pictures and not the texts; other shards tell by their names."""
     address: Address = ""
     source: SourceConfig = field(default_factory=SourceConfig)
 
@@ -89,7 +93,7 @@ class Index:
 
         _refuse_shard(self.out)
         with cluster(self.address, 1, verbose=False):
-            manifest = index(self.data, self.source, self.out)
+            manifest = index(self.data, self.source, self.out, "images" if self.images else None)
         print_ledger(manifest)
         print(
             f"{len(manifest.shards)} shards, {len(manifest.blocks)} blocks, "
@@ -122,7 +126,8 @@ class Vocab:
         from pipelines.storage import write_text
 
         _refuse_shard(self.out)
-        with indexed(self, self.source, Path("runs/.index/manifest.json")) as manifest:
+        cache = Path("runs/.index/manifest.json")
+        with indexed(self, self.source, cache, "text") as manifest:
             vocabulary = train_on_corpus(manifest, self.vocabulary)
         write_text(self.out, vocabulary.json)
         print(f"{vocabulary.size} pieces in {self.out}")
@@ -131,7 +136,7 @@ class Vocab:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Embed every readable document of raw shards: Parquet files with ids, each made once."""
+    """Embed every readable document or picture of raw shards: Parquet files with ids, each once."""
 
     model: Model
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -139,7 +144,8 @@ class Embed:
     out: Path
     """Folder of the Parquet files; the same command goes on where it was killed."""
     id_field: str = ""
-    """Field of a record that holds its id; without one an id is SHARD:RECORD, counted from 0."""
+    """Field of a record that holds its id; without one an id is SHARD:RECORD, counted from 0, or
+    the path of a loose picture. `key` is that path, or what names a sample of a tar."""
     workers: int = 2
     """Processes that hold the encoder, one CPU each; the files do not depend on it."""
     tracking_uri: str = "sqlite:///mlflow.db"
@@ -153,32 +159,32 @@ class Embed:
         from pipelines.use.registry import open_model
 
         opened = open_model(self.model, self.tracking_uri)
-        _ = opened[2].vocabulary  # refused before anything is read, if it is not of text
         with embed_job(self, opened, self.out) as job:
             report = embed(job, self.workers)
-        print_ledger(job.manifest, "embedded")
+        account = job.manifest.without(report.quarantined)
+        print_ledger(account, "embedded")
         print(
-            f"{report.documents} embeddings of {report.dimension} numbers by {job.model} in "
+            f"{report.embedded} embeddings of {report.dimension} numbers by {job.model} in "
             f"{report.files} files of {self.out}, {report.found_files} of them from before; "
-            f"{report.rows_per_second:.0f} documents/s"
+            f"{report.rows_per_second:.0f} {job.things}/s"
         )
         return {
             "model": job.model,
             "fingerprint": job.manifest.fingerprint,
-            "ledger": {fate: vars(entry) for fate, entry in job.manifest.ledger.items()},
+            "ledger": {fate: vars(entry) for fate, entry in account.ledger.items()},
             **dataclasses.asdict(report),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a run's newest commit, or a model, on documents that it was not trained on."""
+    """Measure a run's newest commit, or a model, on what it was not trained on."""
 
     name: tyro.conf.Positional[str]
     """Name of a run, models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
     data: tuple[str, ...] = ()
-    """Files, folders or quoted globs, all of whose documents count as held out; without them a run
-    is measured on its own held-out documents."""
+    """Files, folders or quoted globs, all of whose records count as held out; without them a run
+    is measured on what it has held out itself."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     tracking_uri: str = "sqlite:///mlflow.db"
@@ -198,25 +204,29 @@ class Evaluate:
         from pipelines.use.registry import load_encoder
 
         if not self.data:
-            raise UserError(f"{self.name} holds no documents: name some with --data")
+            raise UserError(f"{self.name} holds no data to measure it on: name some with --data")
         encoder = load_encoder(self.name, self.tracking_uri)
-        with self._held_out() as manifest:
+        _ = encoder.vocabulary  # refused before anything is read, if it is not of text
+        with self._held_out(encoder.modality) as manifest:
             return evaluate_encoder(encoder, manifest)
 
-    def _of_run(self) -> "Evaluation":
+    def _of_run(self) -> "Evaluation | ImageEvaluation":
         from pipelines.run import load_run
         from pipelines.training.loop import load_objective
         from pipelines.use.evaluate import evaluate
+        from pipelines.use.evaluate_images import evaluate_images
 
         run = load_run(self.runs / self.name)
         objective = load_objective(run)
+        evaluate_run = evaluate if run.pieces else evaluate_images
         if not self.data:
-            return evaluate(objective, run)
-        with self._held_out() as manifest:
-            return evaluate(objective, run, manifest)
+            return evaluate_run(objective, run)
+        with self._held_out(run.config.modality) as manifest:
+            return evaluate_run(objective, run, manifest)
 
-    def _held_out(self) -> "AbstractContextManager[Manifest]":
-        return indexed(self, all_of(self.source), self.runs / ".index" / "evaluate.json")
+    def _held_out(self, modality: Modality) -> "AbstractContextManager[Manifest]":
+        cache = self.runs / ".index" / "evaluate.json"
+        return indexed(self, all_of(self.source), cache, modality)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +327,11 @@ class _Embeds(_Reads, Protocol):
 
 @contextlib.contextmanager
 def indexed(
-    verb: _Reads, source: SourceConfig, cache: Path, num_cpus: int = 1
+    verb: _Reads,
+    source: SourceConfig,
+    cache: Path,
+    modality: Modality,
+    num_cpus: int = 1,
 ) -> "Iterator[Manifest]":
     """Index the data of a verb; Ray is there for what is to be done with it.
 
@@ -329,7 +343,7 @@ def indexed(
     from pipelines.run import index
 
     with cluster(verb.address, num_cpus, verbose=False):
-        manifest = index(verb.data, source, cache)
+        manifest = index(verb.data, source, cache, modality)
         check(manifest)
         yield manifest
 
@@ -344,7 +358,8 @@ def embed_job(verb: _Embeds, opened: "tuple[str, str, Encoder]", out: Path) -> "
     from pipelines.use.embed import EmbedJob
 
     model, sha256, encoder = opened
-    with indexed(verb, all_of(verb.source), out / ".manifest.json", verb.workers) as manifest:
+    source, cache = all_of(verb.source), out / ".manifest.json"
+    with indexed(verb, source, cache, encoder.modality, verb.workers) as manifest:
         yield EmbedJob(
             encoder=encoder,
             model=model,

@@ -35,16 +35,17 @@ class Promote:
 
     def run(self) -> dict[str, Any]:
         """Print the comparison and what became of the champion."""
-        from pipelines.use.promotion import judge_pair, pin_pair, settle, uri_of
+        from pipelines.use.promotion import judge_pair, open_pair, pin_pair, settle, uri_of
 
         pair = pin_pair(self.name, self.tracking_uri)
         uri = uri_of(pair.candidate)
         if pair.is_settled:
             print(f"{uri} is the champion already")
             return {"status": "PASS", "champion": uri}
-        cache = Path("runs/.index/promote.json")
-        with indexed(self, all_of(self.source), cache) as data:
-            report = judge_pair(pair, data, self.gate, self.tracking_uri)
+        encoders = open_pair(pair, self.tracking_uri)
+        source, cache = all_of(self.source), Path("runs/.index/promote.json")
+        with indexed(self, source, cache, encoders[0].modality) as data:
+            report = judge_pair(pair, encoders, data, self.gate, self.tracking_uri)
         print("\n".join(report.lines()), flush=True)
         settle(pair, report, self.tracking_uri)
         passed = report.verdict == "passed"

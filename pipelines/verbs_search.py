@@ -49,9 +49,9 @@ class Duplicates:
         _check_top(self.top)
         opened = open_model(self.model, self.tracking_uri)
         with embed_job(self, opened, self.out / "embeddings") as job:
-            embed(job, self.workers)
+            embedded = embed(job, self.workers)
             found = find_duplicates(job, self.out, self.threshold, self.top)
-        print_ledger(job.manifest, "embedded")
+        print_ledger(job.manifest.without(embedded.quarantined), "embedded")
         head = ("first", "second", "similarity", LIKENESS[job.encoder.modality])
         rows = [(*pair[:2], f"{pair.similarity:.4f}", f"{pair.likeness:.4g}") for pair in found.top]
         print(table(head, rows))

@@ -12,6 +12,7 @@ from pipelines.config import to_record
 from pipelines.data.indexing import build
 from pipelines.data.manifest import Manifest
 from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import UserError
 from pipelines.recipes import recipe
 from pipelines.use import compare_models
@@ -19,7 +20,7 @@ from pipelines.use.compare_models import compare, reciprocal_ranks
 from pipelines.use.comparison import judge
 from pipelines.use.encoder import Encoder
 from ssl_models import build_objective
-from tests.corpus import serial_map, write_corpus
+from tests.corpus import serial_map
 from tests.pictures import write_pictures
 
 NUM_PICTURES = 90
@@ -121,7 +122,7 @@ def test_pictures_that_cannot_be_read_do_not_count(tmp_path: Path) -> None:
     assert comparison.num_items == 39
 
 
-def test_text_and_pictures_are_not_mixed(tmp_path: Path) -> None:
-    write_corpus(tmp_path, num_documents=6)
-    with pytest.raises(UserError, match="the data holds text, a model is of images"):
-        compare(encoder_of("image-tiny"), None, manifest_of(tmp_path))
+def test_text_and_pictures_are_not_mixed(pictures: Manifest, vocabulary: Vocabulary) -> None:
+    champion = replace(encoder_of("image-tiny"), pieces=vocabulary)
+    with pytest.raises(UserError, match="the candidate is of images, the champion of text: regis"):
+        compare(encoder_of("image-tiny"), champion, pictures)

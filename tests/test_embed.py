@@ -129,7 +129,7 @@ def test_the_command_embeds_each_document_once_and_goes_on(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
 
     assert pq.read_table(out).equals(undisturbed, check_metadata=True)
-    assert (report["documents"], report["files"]) == (NUM_DOCUMENTS, len(files))
+    assert (report["embedded"], report["files"]) == (NUM_DOCUMENTS, len(files))
     assert report["found_files"] == len(kept) < len(files)
     assert [path.stat().st_mtime_ns for path in kept] == stamps
     assert {path.name for path in out.iterdir()} == {
@@ -196,7 +196,7 @@ def test_an_altered_file_is_noticed(bundle: Path, corpus: Path, tmp_path: Path) 
     job = make_job(bundle, corpus, tmp_path)
     for unit in range(len(job.units)):
         write_unit(job, unit)
-    assert embed(job, 1).documents == NUM_DOCUMENTS
+    assert embed(job, 1).embedded == NUM_DOCUMENTS
 
     pq.write_table(pq.read_table(job.path(2)).slice(1), job.path(2))
     with pytest.raises(DataError, match="holds 2999 embeddings of 3000 documents"):

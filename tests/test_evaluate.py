@@ -30,7 +30,15 @@ from pipelines.training.checkpoint import START_DIGEST, Commit
 from pipelines.use import evaluate as evaluation_module
 from pipelines.use.baselines import Counts, bootstrap, length_accuracy, unigram_loss
 from pipelines.use.bundle import write_bundle
-from pipelines.use.evaluate import PASSES, Evaluation, Held, _orders, evaluate, evaluate_encoder
+from pipelines.use.evaluate import (
+    MAX_DOCUMENTS,
+    PASSES,
+    Evaluation,
+    _orders,
+    evaluate,
+    evaluate_encoder,
+)
+from pipelines.use.heldout import Held
 from pipelines.use.registry import load_encoder
 from ssl_models import build_objective
 from tests.corpus import serial_map, write_corpus
@@ -324,7 +332,7 @@ def test_without_a_run_the_baselines_come_from_the_documents_themselves(
 
 def test_documents_of_two_folds_are_dealt_out_and_never_paired(run: Run) -> None:
     manifest = manifest_of(run.dir.parent / "corpus")
-    orders = list(_orders(Held(manifest, "training"), 2))
+    orders = list(_orders(Held(manifest, "training", MAX_DOCUMENTS), 2))
     assert [fold for fold, _ in orders] == [0, 1]
     records = [[document.record for document in documents] for _, documents in orders]
     assert records == [list(range(0, 60, 2)), list(range(1, 60, 2))]
@@ -335,7 +343,7 @@ def test_orders_bound_what_is_in_memory_and_lose_nothing(
 ) -> None:
     texts = list(run.manifest.texts("heldout"))
     monkeypatch.setattr(evaluation_module, "ORDER_CHARS", 2 * max(map(len, texts)))
-    orders = list(_orders(Held(run.manifest, "heldout"), 1))
+    orders = list(_orders(Held(run.manifest, "heldout", MAX_DOCUMENTS), 1))
     assert len(orders) > 2
     assert [d.text for _, documents in orders for d in documents] == texts
 
@@ -427,7 +435,7 @@ def test_the_command_measures_runs_and_models(
 @pytest.mark.parametrize(
     "refusal",
     [
-        (["models:/a@b"], 2, "models:/a@b holds no documents: name some with --data"),
+        (["models:/a@b"], 2, "models:/a@b holds no data to measure it on: name some with --data"),
         (["models:/a@b", "--data", "x"], 65, "there is no registry at "),
         (["absent/bundle", "--data", "x"], 65, "no bundle at absent/bundle"),
         (["bare/bundle", "--data", "x.jsonl"], 65, "the bundle does not tell how its rows"),

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data import indexing
 from pipelines.data.fields import field_values
 from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.errors import DataError
 from tests.corpus import serial_map
 from tests.pictures import make_picture, make_tar
 
@@ -40,3 +43,32 @@ def test_what_cannot_be_read_is_no_value(content: bytes, tmp_path: Path) -> None
     (tmp_path / "x.tar").write_bytes(make_tar(members))
     assert values(tmp_path, "label")[0] is None
     assert values(tmp_path, "cls")[0] is None
+
+
+def test_a_loose_picture_has_its_path_and_its_folder_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("cats/1.jpg", "cats/deep/2.JPG", "dogs/1.jpg", "3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(make_picture(0))
+    assert values(tmp_path, "key") == ["3.jpg", "cats/1.jpg", "cats/deep/2.JPG", "dogs/1.jpg"]
+    assert values(tmp_path, "folder") == [tmp_path.name, "cats", "deep", "dogs"]
+    assert values(tmp_path, "cls") == [None] * 4
+    assert values(tmp_path / "cats", "folder") == ["cats", "deep"]  # below the deepest of all
+
+
+def test_a_row_beside_a_picture_has_its_columns(tmp_path: Path) -> None:
+    columns = {
+        "image": [{"bytes": make_picture(i), "path": f"{i}.jpg"} for i in range(3)],
+        "label": [2, 0, None],
+        "name": ["a", "", "c"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=2)
+    files = find_shards([str(tmp_path)])
+    manifest = indexing.build(files, SourceConfig(), serial_map, "images")
+
+    def of(field: str) -> list[str | None]:
+        return [v for i in range(len(manifest.blocks)) for v in field_values(manifest, i, field)]
+
+    assert of("label") == ["2", "0", None]
+    assert of("name") == ["a", None, "c"]
+    with pytest.raises(DataError, match=r"no column 'image' of strings or whole numbers"):
+        of("image")

@@ -140,7 +140,7 @@ def test_the_page_shows_what_is_wrong_where_and_what_to_do(tmp_path: Path) -> No
         where = f"a.jsonl at byte {first + 3 * i}, 3 bytes: quarantined:no-text-field"
         assert where in page
     assert f"at byte {first + 9}" not in page
-    assert "b.jsonl.gz: cut or corrupt (Truncated compressed stream)" in page
+    assert "b.jsonl.gz: cannot be read to its end (Truncated compressed stream)" in page
     assert "--source.cut-shards quarantine" in page
     assert "--source.max-quarantined-ratio 0.136" in page
     assert len(page.splitlines()) < 25

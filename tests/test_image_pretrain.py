@@ -17,6 +17,7 @@ import torch
 from mlflow.types import DataType
 from safetensors.torch import load_file
 
+from pipelines.cli import main
 from pipelines.config import RunConfig
 from pipelines.data import images, indexing
 from pipelines.data.batches import Rank, RowSource, Step, local_blocks, slot_digest, steps
@@ -198,11 +199,36 @@ def test_what_is_for_text_says_so_in_one_line(finished: Finished, tmp_path: Path
             refused()
 
 
+def test_a_run_is_measured_on_other_pictures_but_for_those_it_was_trained_on(
+    finished: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    order = ["evaluate", "shapes", "--runs", str(finished.folder / "runs"), "--json"]
+    assert main(order) == 0
+    own = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert own == {
+        name: value for name, value in finished.account["evaluation"].items() if name in own
+    } | {"heldout/also_trained": 0.0}
+    for i in range(60, 240):  # of which 200 were there before
+        (tmp_path / f"{i}.png").write_bytes(make_picture(i))
+    assert main([*order, "--data", str(tmp_path)]) == 0
+    *said, told = capfd.readouterr().out.splitlines()
+    found = json.loads(told)
+    assert found["heldout/pictures"] + found["heldout/also_trained"] == 180
+    assert found["heldout/also_trained"] > 80
+    assert found["heldout/pictures"] > 40
+    assert found["heldout/triplet_loss"] > 0
+    assert f"{found['heldout/also_trained']:.0f} of 180 pictures were also trained on" in said[0]
+    uri = finished.account["registered"]
+    tracked = ["--tracking-uri", finished.config.tracking_uri]
+    assert main(["evaluate", uri, *tracked, "--data", str(tmp_path)]) == 2
+    assert "is an encoder of images: this is for text" in capfd.readouterr().err
+
+
 def test_a_recipe_of_text_refuses_pictures(finished: Finished, tmp_path: Path) -> None:
     asked = replace(
         recipe("text-tiny"), data=finished.config.data, name="x", runs=str(tmp_path / "runs")
     )
-    with pytest.raises(UserError, match=r"part-0\.tar holds images, and recipe text-tiny"):
+    with pytest.raises(UserError, match=r"part-0\.tar holds no text, which is"):
         pretrain(asked)
 
 

@@ -12,6 +12,7 @@ import pytest
 from pipelines.data import records
 from pipelines.data.indexing import Indexer, ShardIndex, build
 from pipelines.data.manifest import CUT, Manifest
+from pipelines.data.parquet import TEXTS as TEXTS_WANTED
 from pipelines.data.parquet import row_groups
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import DataError
@@ -202,7 +203,7 @@ def test_a_bomb_is_refused_whether_packed_or_repeated(
     texts = ["a" * 50_000] * 60
     path = write(tmp_path / "a.parquet", texts, use_dictionary=dictionary, compression="zstd")
     seen: list[bytes] = []
-    rows = chain.from_iterable(row_groups(str(path), "text", 200, seen.append))
+    rows = chain.from_iterable(row_groups(str(path), "text", TEXTS_WANTED, 200, seen.append))
     with pytest.raises(OSError, match="over 200 times its size"):
         list(rows)
     assert len(seen) < 10 if dictionary else not seen

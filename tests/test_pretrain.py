@@ -24,7 +24,7 @@ from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import BundleError
 from pipelines.use.gate_config import GateConfig
-from pipelines.use.promotion import judge_pair, pin_pair
+from pipelines.use.promotion import judge_pair, open_pair, pin_pair
 from pipelines.use.registry import load_encoder
 from pipelines.use.verify import verify
 from tests.corpus import serial_map
@@ -220,7 +220,8 @@ def test_the_gate_tells_that_a_model_was_trained_on_its_data(
     uri = finished.config.tracking_uri
     source = SourceConfig(heldout_ratio=0.0)
     data = build(find_shards([str(corpus_dir)]), source, serial_map)
-    report = judge_pair(pin_pair("topics", uri), data, GateConfig(), uri)
+    pair = pin_pair("topics", uri)
+    report = judge_pair(pair, open_pair(pair, uri), data, GateConfig(), uri)
     (note,) = report.notes
     count = len(data.blocks)
     assert note.startswith(f"models:/topics/1 was trained on {count} of {count} blocks")

@@ -28,12 +28,14 @@ from pipelines.training.tracking import TrackingError
 from pipelines.use.baselines import bootstrap
 from pipelines.use.bundle import BundleError, write_bundle
 from pipelines.use.compare_models import compare
-from pipelines.use.evaluate import Held, measure
+from pipelines.use.evaluate import MAX_DOCUMENTS, measure
 from pipelines.use.gate_config import GateConfig
+from pipelines.use.heldout import Held
 from pipelines.use.promotion import (
     GateError,
     GateReport,
     judge_pair,
+    open_pair,
     pin_pair,
     roll_back,
     settle,
@@ -93,7 +95,9 @@ class Shop(NamedTuple):
     def promote(self, model: str, gate: GateConfig | None = None) -> GateReport:
         """Do what the verb does."""
         pair = pin_pair(model, self.uri)
-        report = judge_pair(pair, self.data, gate or GateConfig(), self.uri)
+        report = judge_pair(
+            pair, open_pair(pair, self.uri), self.data, gate or GateConfig(), self.uri
+        )
         settle(pair, report, self.uri)
         return report
 
@@ -260,7 +264,7 @@ def test_a_champion_that_moved_meanwhile_stays(shop: Shop, before: int | None) -
         open_client(shop.uri).delete_registered_model_alias(model, "champion")
     shop.alias(model, "candidate", 2)
     pair = pin_pair(model, shop.uri)
-    report = judge_pair(pair, shop.data, GateConfig(), shop.uri)
+    report = judge_pair(pair, open_pair(pair, shop.uri), shop.data, GateConfig(), shop.uri)
     assert report.verdict == "passed"
     open_client(shop.uri).create_model_version(model, shop.versions["half"].source)
     shop.alias(model, "champion", 3)
@@ -294,7 +298,7 @@ def test_the_report_equals_a_recomputation(shop: Shop, tmp_path: Path) -> None:
 
     encoders = [load_encoder(f"models:/told/{version}", shop.uri) for version in (2, 1)]
     maker = TextRows(recipe("text-tiny").text, encoders[0].vocabulary)
-    held = Held(shop.data, "training")
+    held = Held(shop.data, "training", MAX_DOCUMENTS)
     new, old = (measure(encoder.objective, maker, held, folds=1) for encoder in encoders)
     masked, pairs = told["findings"]
     means = [measured.sums["mlm_loss"] for measured in (new, old)]
@@ -317,7 +321,8 @@ def test_data_that_was_trained_on_is_told_of(shop: Shop, tmp_path: Path) -> None
     client.create_model_version("known", known.source, run_id=run_id, tags=known.tags)
     shop.alias("known", "candidate", 3)
 
-    report = judge_pair(pin_pair("known", shop.uri), shop.data, GateConfig(), shop.uri)
+    pair = pin_pair("known", shop.uri)
+    report = judge_pair(pair, open_pair(pair, shop.uri), shop.data, GateConfig(), shop.uri)
 
     count = len(shop.data.blocks)
     (note,) = [note for note in report.notes if "was trained on" in note]
@@ -330,7 +335,9 @@ def test_too_little_data_is_refused(shop: Shop, tmp_path: Path) -> None:
     write_corpus(tmp_path / "few", num_documents=8, num_shards=1, num_sentences=9)
     pair = pin_pair("little", shop.uri)
     with pytest.raises(DataError, match="items are too few for an interval"):
-        judge_pair(pair, manifest_of(tmp_path / "few"), GateConfig(), shop.uri)
+        judge_pair(
+            pair, open_pair(pair, shop.uri), manifest_of(tmp_path / "few"), GateConfig(), shop.uri
+        )
 
 
 def test_shorter_rows_and_other_pairs_are_told_of(shop: Shop) -> None:

@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_its_vocabulary(
 def test_a_source_with_nothing_to_train_on_has_no_weight(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("\n\n")
     idle = replace(config, data=(config.data[0], str(tmp_path / "c.jsonl")))
-    with pytest.raises(DataError, match=r"c\.jsonl' has a weight but no document for training"):
+    with pytest.raises(DataError, match=r"c\.jsonl' has a weight but nothing for training"):
         open_run(idle, run_dir(config))
 
 

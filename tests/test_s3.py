@@ -16,17 +16,22 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipelines.data.batches import RowSource
+from pipelines.data.fields import field_values
 from pipelines.data.gate import check
+from pipelines.data.images import ImageRows
 from pipelines.data.indexing import build
 from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Plan
+from pipelines.data.records import Form
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.text import TextRows
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, OutageError, UserError
+from pipelines.recipes import recipe
 from tests.command import command
 from tests.corpus import make_text, serial_map
+from tests.pictures import extension, make_picture, make_tar
 
 OPTIONS = "?endpoint_override={}&scheme=http&region=us-east-1"
 SOURCE = SourceConfig(txt_documents="blank-line", heldout_ratio=0.2)
@@ -112,6 +117,47 @@ def test_a_corpus_has_the_same_fingerprint_and_rows_on_s3_as_on_disk(
         rows = [RowSource(plan, maker).table(plan.order(number)) for plan in plans]
         assert rows[0].equals(rows[1])
         assert rows[0].num_rows > 10
+
+
+@pytest.mark.parametrize("form", ["files", "parquet-images", "tar"])
+def test_pictures_have_the_same_fingerprint_and_rows_on_s3_as_on_disk(
+    server: str, tmp_path: Path, form: Form
+) -> None:
+    pictures = {f"a/{i:03}.{extension(i)}": make_picture(i) for i in range(20)}
+    folder = tmp_path / "disk"
+    (folder / "a").mkdir(parents=True)
+    if form == "files":
+        for name, data in pictures.items():
+            (folder / name).write_bytes(data)
+    elif form == "tar":
+        (folder / "a.tar").write_bytes(make_tar([*pictures.items()]))
+    else:
+        column = [{"bytes": data, "path": name} for name, data in pictures.items()]
+        pq.write_table(pa.table({"image": column}), folder / "a.parquet", row_group_size=7)
+    client = boto3.client("s3", endpoint_url=f"http://{server}", region_name="us-east-1")
+    client.create_bucket(Bucket=form)
+    for path in folder.rglob("*.*"):
+        client.upload_file(path, form, f"deep er/{path.relative_to(folder)}")
+    uri = f"s3://{form}/deep er{OPTIONS.format(server)}"
+    remote, local = (
+        build(find_shards([name], "images"), SOURCE, serial_map, "images")
+        for name in (uri, str(folder))
+    )
+    assert remote.fingerprint == local.fingerprint
+    assert remote.shards[0].form == form
+    maker = ImageRows(recipe("image-tiny").images)
+    rows = [RowSource(plan := Plan(m, 0, 9), maker).table(plan.order(0)) for m in (remote, local)]
+    assert rows[0].equals(rows[1])
+    assert rows[0].num_rows == local.records_where("training") > 10
+
+    if form == "files":
+        assert [*field_values(remote, 0, "folder")] == ["a"] * 20
+        client.put_object(Bucket=form, Key="deep er/a/003.png", Body=b"other")
+        with pytest.raises(DataError, match=r"from s3://files/deep er/a/000\.jpeg\?.* changed"):
+            remote.read(0, "training")
+        client.delete_object(Bucket=form, Key="deep er/a/003.png")
+        with pytest.raises(DataError, match=r"s3://files/deep er/a/003\.png\?.*: is gone \("):
+            remote.read(0, "training")
 
 
 @pytest.mark.parametrize(

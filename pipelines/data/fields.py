@@ -2,39 +2,45 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 
 from pipelines.data import tar
-from pipelines.data.filesystems import READ_ERRORS, join, reason
+from pipelines.data.filesystems import READ_ERRORS, join, parse, reason
 from pipelines.data.manifest import Manifest
-from pipelines.data.parquet import ids_from
+from pipelines.data.parquet import IDS, rows_from
 from pipelines.data.records import Form, Record
-from pipelines.data.shards import records_from
 from pipelines.errors import OutageError
 
 KEY = "key"
-"""The field that names a sample of a tar."""
+"""The field that names a sample of a tar, or a loose picture."""
+FOLDER = "folder"
+"""The field of a loose picture that holds the name of its folder: often what it shows."""
 
 
 def field_values(manifest: Manifest, number: int, field: str) -> Iterator[str | None]:
     """Yield a field of every record of a block, or None where it is no string or whole number.
 
     That is a field of a jsonl line, a column of a parquet shard, and of a sample of a tar the text
-    of its file of that extension (`cls`), a field of its json, or its `key`.
+    of its file of that extension (`cls`), a field of its json, or its `key`. A loose picture has
+    its `key`, the path below the folder of all of them, and the name of its own `folder`.
 
     Raises:
         OutageError: If the shard cannot be read.
     """
     block = manifest.blocks[number]
+    if block.files:
+        for path in block.files:
+            yield {KEY: path, FOLDER: _folder(join(manifest.root, path))}.get(field)
+        return
     shard = manifest.shards[block.shard]
     name = join(manifest.root, shard.path)
-    if shard.form == "parquet":
-        found = ids_from(name, field, block.offset)
-    else:
-        found = records_from(name, manifest.source, block.offset, lambda _: None)
+    found = manifest.records(number)
+    if shard.form.startswith("parquet"):
+        found = islice(rows_from(name, field, IDS, block.offset, lambda _: None), block.records)
     try:
-        for record in islice(found, block.records):
+        for record in found:
             yield _value(record, shard.form, field)
     except READ_ERRORS as error:
         raise OutageError(f"{name}: cannot read {field!r} ({reason(error)}); try again") from error
@@ -44,7 +50,7 @@ def _value(record: Record, form: Form, field: str) -> str | None:
     value: object = None
     data = record.data or b""
     with contextlib.suppress(ValueError, RecursionError):
-        if form == "parquet":
+        if form.startswith("parquet"):
             value = data.decode() or None
         elif form == "jsonl":
             value = _of_json(data, field)
@@ -52,6 +58,10 @@ def _value(record: Record, form: Form, field: str) -> str | None:
             value = record.key or None if field == KEY else _of_sample(data, field)
     is_told = isinstance(value, str | int) and not isinstance(value, bool)
     return str(value) if is_told else None
+
+
+def _folder(name: str) -> str | None:
+    return os.path.basename(os.path.dirname(parse(name).path)) or None
 
 
 def _of_sample(sample: bytes, field: str) -> object:

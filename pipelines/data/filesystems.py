@@ -122,9 +122,20 @@ def read_through(name: str) -> int:
         DataError: If there is no such file any more.
         OutageError: If its store does not give all of it.
     """
+    with reading(name), open_file(name) as file:
+        return sum(map(len, iter(partial(file.read, 1 << 20), b"")))
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Tell what keeps the bytes of a file from being read.
+
+    Raises:
+        DataError: If there is no such file any more.
+        OutageError: If its store does not give all of it.
+    """
     try:
-        with open_file(name) as file:
-            return sum(map(len, iter(partial(file.read, 1 << 20), b"")))
+        yield
     except FileNotFoundError as error:
         raise DataError(f"{name}: is gone ({reason(error)}); restore this shard") from error
     except READ_ERRORS as error:

@@ -5,13 +5,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from pipelines.data.manifest import CUT, Entry, Manifest, Quarantined
+from pipelines.data.records import THINGS
 from pipelines.data.shards import unit_of
 from pipelines.errors import DataError
 from pipelines.tables import table
 
 EXAMPLES_PER_REASON = 3
+_FIELD_FLAGS = {"text": "--source.text-field", "images": "--source.image-field"}
 _ADVICE = {
     "quarantined:no-text-field": "--source.text-field names the field or column of the documents",
+    "quarantined:no-image-field": "--source.image-field names the column of the pictures, which "
+    "holds their bytes: a path alone is no picture",
     "quarantined:several-pictures": "the adjacent files of a .tar whose names are one up to the "
     "first dot are one sample, which holds one picture: 000001.jpg, 000002.jpg and so on",
     "quarantined:bad-json": "a .jsonl shard holds one JSON object on each line, nothing else",
@@ -54,9 +58,9 @@ def check(manifest: Manifest) -> None:
         raise DataError("\n\n".join([" and ".join(wrong), *page]))
     if not manifest.records_where("training"):
         raise DataError(
-            f"none of {records} records is a document or picture for training "
+            f"none of {records} records is a {THINGS[manifest.modality]} for training "
             f"({', '.join(ledger)}); check "
-            "--source.text-field, --source.heldout-ratio and the data"
+            f"{_FIELD_FLAGS[manifest.modality]}, --source.heldout-ratio and the data"
         )
 
 
@@ -70,7 +74,7 @@ def ledger_table(ledger: Mapping[str, Entry]) -> str:
 def place_of(entry: Quarantined) -> str:
     """Return where a quarantined record lies and why it is there."""
     if entry.reason == CUT:
-        return f"{entry.path}: cut or corrupt ({entry.detail})"
+        return f"{entry.path}: cannot be read to its end ({entry.detail})"
     unit = unit_of(entry.path)
     return f"{entry.path} at {unit} {entry.offset}, {entry.bytes} bytes: {entry.reason}"
 

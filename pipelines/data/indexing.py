@@ -2,8 +2,11 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import Any
 
 from pipelines.data.filesystems import READ_ERRORS, File, read_through, reason, split_root
 from pipelines.data.manifest import (
@@ -16,8 +19,15 @@ from pipelines.data.manifest import (
     Shard,
     fate_of,
 )
-from pipelines.data.records import Record, suffixes
-from pipelines.data.shards import SourceConfig, form_of, parts, unit_of
+from pipelines.data.records import Modality, Record, suffixes
+from pipelines.data.shards import (
+    SourceConfig,
+    form_of,
+    is_picture,
+    loose_pictures,
+    parts,
+    unit_of,
+)
 from pipelines.errors import DataError
 
 MIN_BLOCK_BYTES = 64 * 1024
@@ -39,12 +49,13 @@ class ShardIndex:
 def build(
     files: Sequence[File],
     source: SourceConfig,
-    run: Callable[[Callable[[File], ShardIndex], Sequence[File]], Sequence[ShardIndex]],
+    run: Callable[[Callable[[Any], ShardIndex], Sequence[Any]], Sequence[ShardIndex]],
+    modality: Modality = "text",
 ) -> Manifest:
     """Return the manifest of the shards; `run` maps a function over them, in parallel or not.
 
-    What cannot be read to its end is in the ledger: whether such a corpus may be used is for
-    `gate.check` to say.
+    The modality says what is read of parquet. What cannot be read to its end is in the ledger:
+    whether such a corpus may be used is for `gate.check` to say.
 
     Raises:
         DataError: If a shard vanished or changed meanwhile, or has no column of the name.
@@ -53,8 +64,13 @@ def build(
     root, names = split_root([file.name for file in files])
     size = sum(file.bytes for file in files)
     block_bytes = min(max(size // BLOCKS_PER_CORPUS, MIN_BLOCK_BYTES), MAX_BLOCK_BYTES)
-    indexes = run(Indexer(source=source, block_bytes=block_bytes), files)
-    return _join(root, names, source, block_bytes, indexes)
+    if is_picture(files[0].name):
+        indexes = run(partial(index_pictures, source), [*_runs(files, block_bytes)])
+    else:
+        indexer = Indexer(source=source, block_bytes=block_bytes, modality=modality)
+        indexes = run(indexer, files)
+    paths = dict(zip((file.name for file in files), names, strict=True))
+    return _join(root, paths, source, block_bytes, indexes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,7 @@ class Indexer:
 
     source: SourceConfig
     block_bytes: int
+    modality: Modality = "text"
 
     def __call__(self, file: File) -> ShardIndex:
         """Return the blocks and the ledger of one shard, by its whole name.
@@ -71,9 +88,16 @@ class Indexer:
             DataError: If it vanished or changed meanwhile, or has no column of the name.
             OutageError: If its store fails.
         """
-        found = _Findings(file, self.source, self.block_bytes)
+        shard = Shard(
+            path=file.name,
+            bytes=0,
+            file_bytes=file.bytes,
+            form=form_of(file.name, self.source, self.modality),
+            source=file.source,
+        )
+        found = _Findings(shard, self.source, self.block_bytes)
         try:
-            for part in parts(file.name, self.source, found.seen):
+            for part in parts(file.name, shard.form, self.source, found.seen):
                 for record in part:
                     found.add(record)
                 found.close_block()
@@ -81,21 +105,57 @@ class Indexer:
             # Only a shard whose bytes can all be read is cut: no outage may leave shards out.
             if (num_bytes := read_through(file.name)) != file.bytes:
                 raise _changed(file, num_bytes) from error
-            return _left_out(file, self.source, reason(error))
+            return _left_out(shard, reason(error))
         if suffixes(file.name)[1] == "" and found.unit == "byte" and found.offset != file.bytes:
             raise _changed(file, found.offset)
         return found.index()
 
 
+def index_pictures(source: SourceConfig, files: Sequence[File]) -> ShardIndex:
+    """Return the index of loose pictures as one block of the shard that they are part of.
+
+    Raises:
+        DataError: If one vanished or changed meanwhile.
+        OutageError: If one cannot be read.
+    """
+    size = sum(file.bytes for file in files)
+    shard = Shard(path=".", bytes=0, file_bytes=size, form="files", source=files[0].source)
+    found = _Findings(shard, source, size + 1)
+    records = loose_pictures([file.name for file in files], found.seen)
+    for file, record in zip(files, records, strict=True):
+        if record.bytes != file.bytes:
+            raise _changed(file, record.bytes)
+        found.add(record)
+    found.close_block()
+    return found.index()
+
+
+def _runs(files: Sequence[File], block_bytes: int) -> Iterator[list[File]]:
+    """Yield loose pictures in runs of the size of a block, each of one source."""
+    for _, members in groupby(sorted(files, key=_source), key=_source):
+        run, size = [], 0
+        for file in members:
+            run.append(file)
+            size += file.bytes
+            if size >= block_bytes:
+                yield run
+                run, size = [], 0
+        if run:
+            yield run
+
+
+def _source(file: File) -> int:
+    return file.source
+
+
 class _Findings:
     """What is known of a shard while it is read."""
 
-    def __init__(self, file: File, source: SourceConfig, block_bytes: int) -> None:
-        self.unit = unit_of(file.name)
+    def __init__(self, shard: Shard, source: SourceConfig, block_bytes: int) -> None:
+        self.unit = unit_of(shard.path)
         self.offset = 0
         """Where the open block starts."""
-        self._file, self._source, self._block_bytes = file, source, block_bytes
-        self._form = form_of(file.name, source)
+        self._shard, self._source, self._block_bytes = shard, source, block_bytes
         self._ledger: dict[str, Counter[str]] = {}
         self._quarantined: list[Quarantined] = []
         self._blocks: list[Block] = []
@@ -108,7 +168,8 @@ class _Findings:
 
     def add(self, record: Record) -> None:
         """Account for a record."""
-        fate, _ = fate_of(record, self._form, self._source)
+        is_file = self._shard.form == "files"
+        fate, _ = fate_of(record, self._shard.form, self._source)
         if record.key in self._keys:
             fate = DUPLICATE
             self._excluded.append(self._fates.total())
@@ -118,14 +179,16 @@ class _Findings:
         if fate.startswith("quarantined") and len(self._quarantined) < MAX_QUARANTINE_ENTRIES:
             self._quarantined.append(
                 Quarantined(
-                    path=self._file.name,
-                    offset=self.offset + self._block_size(),
+                    path=record.key if is_file else self._shard.path,
+                    offset=0 if is_file else self.offset + self._block_size(),
                     bytes=record.bytes,
                     reason=fate,
                 )
             )
         self._bytes += record.bytes
         self._fates[fate] += 1
+        if is_file:
+            self._files.append(record.key)
         # To start within a row group costs all before it again.
         limit = self._block_bytes if self.unit == "byte" else MAX_BLOCK_BYTES
         if self._bytes >= limit:
@@ -146,6 +209,7 @@ class _Findings:
                 training=self._fates["training"],
                 heldout=self._fates["heldout"],
                 excluded=tuple(self._excluded),
+                files=tuple(self._files),
             )
         )
         self.offset += self._block_size()
@@ -155,7 +219,7 @@ class _Findings:
         """Return what was found in the whole shard."""
         size = sum(block.bytes for block in self._blocks)
         return ShardIndex(
-            shard=_shard(self._file, self._source, size),
+            shard=replace(self._shard, bytes=size),
             blocks=tuple(self._blocks),
             ledger={fate: Entry(**counts) for fate, counts in sorted(self._ledger.items())},
             quarantined=tuple(self._quarantined),
@@ -166,28 +230,20 @@ class _Findings:
         self._hash = hashlib.sha256()
         self._fates: Counter[str] = Counter()
         self._excluded: list[int] = []
+        self._files: list[str] = []
 
     def _block_size(self) -> int:
         return self._bytes if self.unit == "byte" else self._fates.total()
 
 
-def _shard(file: File, source: SourceConfig, content_bytes: int) -> Shard:
-    return Shard(
-        path=file.name,
-        bytes=content_bytes,
-        file_bytes=file.bytes,
-        form=form_of(file.name, source),
-        source=file.source,
-    )
-
-
-def _left_out(file: File, source: SourceConfig, detail: str) -> ShardIndex:
+def _left_out(shard: Shard, detail: str) -> ShardIndex:
     """Return the index of a shard that is not to be used: one record of all its bytes."""
-    entry = Quarantined(path=file.name, offset=0, bytes=file.bytes, reason=CUT, detail=detail)
+    size = shard.file_bytes
+    entry = Quarantined(path=shard.path, offset=0, bytes=size, reason=CUT, detail=detail)
     return ShardIndex(
-        shard=_shard(file, source, file.bytes),
+        shard=replace(shard, bytes=size),
         blocks=(),
-        ledger={CUT: Entry(records=1, bytes=file.bytes)},
+        ledger={CUT: Entry(records=1, bytes=size)},
         quarantined=(entry,),
     )
 
@@ -201,7 +257,7 @@ def _changed(file: File, num_bytes: int) -> DataError:
 
 def _join(
     root: str,
-    names: Sequence[str],
+    paths: dict[str, str],
     source: SourceConfig,
     block_bytes: int,
     indexes: Sequence[ShardIndex],
@@ -211,11 +267,16 @@ def _join(
     quarantined: list[Quarantined] = []
     totals: dict[str, Counter[str]] = {}
     next_record = 0
-    for number, (name, index) in enumerate(zip(names, indexes, strict=True)):
-        shards.append(replace(index.shard, path=name))
-        quarantined += [replace(entry, path=name) for entry in index.quarantined]
+    for index in indexes:
+        found = replace(index.shard, path=paths.get(index.shard.path, index.shard.path))
+        if shards and (found.path, found.source) == (shards[-1].path, shards[-1].source):
+            found = _sum(shards.pop(), found)  # of the loose pictures of a source
+        number = len(shards)
+        shards.append(found)
+        quarantined += [replace(entry, path=paths[entry.path]) for entry in index.quarantined]
         for block in index.blocks:
-            blocks.append(replace(block, shard=number, first_record=next_record))
+            files = tuple(paths[name] for name in block.files)
+            blocks.append(replace(block, shard=number, first_record=next_record, files=files))
             next_record += block.records
         for fate, entry in index.ledger.items():
             totals.setdefault(fate, Counter()).update(asdict(entry))
@@ -229,3 +290,8 @@ def _join(
         ledger={fate: Entry(**counts) for fate, counts in sorted(totals.items())},
         quarantined=tuple(quarantined[:MAX_QUARANTINE_ENTRIES]),
     )
+
+
+def _sum(one: Shard, other: Shard) -> Shard:
+    num_bytes, file_bytes = one.bytes + other.bytes, one.file_bytes + other.file_bytes
+    return replace(one, bytes=num_bytes, file_bytes=file_bytes)

@@ -7,8 +7,8 @@ this is the fingerprint of the data. `indexing.py` makes it, in one pass over th
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter
 
 from pipelines.data.filesystems import READ_ERRORS, join, read_through, reason
-from pipelines.data.records import Form, Record
+from pipelines.data.records import PICTURE_FORMS, Form, Modality, Record, Seen
 from pipelines.data.shards import (
     Rejected,
     SourceConfig,
     document,
+    loose_pictures,
     picture,
     records_from,
     unit_of,
@@ -63,9 +64,10 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One raw file and how its records are told apart."""
+    """One raw file and how its records are told apart, or all loose pictures of a source."""
 
     path: str
+    """Below the root, which is where loose pictures lie."""
     bytes: int
     """What its records sum to: its content, or the values of its column; of a shard that is
     left out, the bytes of the file."""
@@ -81,12 +83,13 @@ class Block:
 
     shard: int
     offset: int
-    """Where its first record starts in the content; in parquet, the number of its row."""
+    """Where its first record starts in the content; in parquet, the number of its row; 0 where
+    it has `files`."""
     bytes: int
     sha256: str
     """Of its bytes; in parquet, of each value after its length in 8 bytes, little-endian, the
-    length of a null being 2^64 - 1; in tar, of the bytes of its samples, and for what is passed
-    over of its fate and size."""
+    length of a null being 2^64 - 1, and of files alike; in tar, of the bytes of its samples, and
+    for what is passed over of its fate and size."""
     records: int
     first_record: int
     training: int
@@ -95,6 +98,8 @@ class Block:
     excluded: tuple[int, ...] = ()
     """Which of its records, counted from 0, are not used for what only the whole shard tells: in
     tar, those whose key has been there before."""
+    files: tuple[str, ...] = ()
+    """Of loose pictures: the paths of its records, below the root, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +150,46 @@ class Manifest:
         for entry in content["quarantined"]:
             del entry["detail"]
         for block in content["blocks"]:
-            if not block["excluded"]:  # as if there were no such field, which text does not need
-                del block["excluded"]
+            for name in ("excluded", "files"):
+                if not block[name]:  # as if there were no such field, which text does not need
+                    del block[name]
+        if not any(shard.form == "parquet-images" for shard in self.shards):
+            del content["source"]["image_field"]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def modality(self) -> Modality:
+        """What the shards hold."""
+        return "images" if self.shards[0].form in PICTURE_FORMS else "text"
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Yield the whole name of each raw file, and the number of its source."""
+        for shard in self.shards:
+            if shard.form != "files":
+                yield join(self.root, shard.path), shard.source
+        for block in self.blocks:
+            for path in block.files:
+                yield join(self.root, path), self.shards[block.shard].source
+
+    def without(self, found: Sequence[Quarantined]) -> "Manifest":
+        """Return the manifest with training records quarantined that cannot be used after all."""
+        ledger = dict(self.ledger)
+        for entry in found:
+            for fate, sign in (("training", -1), (entry.reason, 1)):
+                old = ledger.get(fate, Entry(records=0, bytes=0))
+                ledger[fate] = Entry(
+                    records=old.records + sign, bytes=old.bytes + sign * entry.bytes
+                )
+        ledger = dict(sorted(ledger.items()))
+        return replace(self, ledger=ledger, quarantined=(*self.quarantined, *found))
 
     def blocks_of(self, split: Split) -> list[int]:
         """Return the numbers of the blocks that hold at least one document of a split."""
         return [i for i, block in enumerate(self.blocks) if getattr(block, split)]
 
     def read(self, number: int, split: Split) -> list[Any]:
-        """Return what a block holds of a split: every `Document`, or from tar every `Picture`.
+        """Return what a block holds of a split: every `Document`, or every `Picture`.
 
         Raises:
             DataError: If the bytes are not the ones that were indexed.
@@ -174,25 +208,47 @@ class Manifest:
                 f"{name}: cannot be read any more ({reason(error)}); restore this shard"
             ) from error
 
-    def _read(self, number: int, split: Split) -> list[Document | Picture]:
+    def records(self, number: int, seen: Seen = lambda _: None) -> Iterator[Record]:
+        """Yield the records of a block as they lie in the shard, whether they are used or not.
+
+        Raises:
+            OSError: If they cannot be read; or another of pyarrow's errors.
+            DataError: If a loose picture is gone.
+            OutageError: If one cannot be read.
+        """
         block = self.blocks[number]
+        if block.files:
+            return loose_pictures([join(self.root, path) for path in block.files], seen)
         shard = self.shards[block.shard]
         name = join(self.root, shard.path)
+        found = records_from(name, shard.form, self.source, block.offset, seen)
+        return islice(found, block.records)
+
+    def _read(self, number: int, split: Split) -> list[Document | Picture]:
+        block = self.blocks[number]
+        form = self.shards[block.shard].form
         digest = hashlib.sha256()
         found: list[Document | Picture] = []
-        records = records_from(name, self.source, block.offset, digest.update)
-        for i, record in enumerate(islice(records, block.records)):
-            fate, item = fate_of(record, shard.form, self.source)
+        for i, record in enumerate(self.records(number, digest.update)):
+            fate, item = fate_of(record, form, self.source)
             if fate == split and item and i not in block.excluded:
                 found.append(item._replace(record=block.first_record + i))
         if digest.hexdigest() != block.sha256:
-            unit = unit_of(name)
-            end = block.offset + (block.records if unit == "row" else block.bytes)
             raise DataError(
-                f"{name}: {unit}s {block.offset} to {end} changed since they were indexed; "
+                f"{self._place(block)} changed since they were indexed; "
                 "restore the shard, or start a run of another name"
             )
         return found
+
+    def _place(self, block: Block) -> str:
+        """Return where the records of a block lie."""
+        if block.files:
+            first, last = (join(self.root, path) for path in (block.files[0], block.files[-1]))
+            return f"some of the {block.records} pictures from {first} to {last}"
+        name = join(self.root, self.shards[block.shard].path)
+        unit = unit_of(name)
+        end = block.offset + (block.records if unit == "row" else block.bytes)
+        return f"{name}: {unit}s {block.offset} to {end}"
 
     def texts(self, split: Split) -> Iterator[str]:
         """Yield every document of a split, in the order of the shards."""
@@ -226,9 +282,8 @@ def fate_of(
     if record.fate:
         return record.fate, None
     item: Document | Picture
-    if form == "tar":
-        assert record.data is not None
-        data = picture(record.data)
+    if form in PICTURE_FORMS:
+        data = picture(record.data, form)
         if isinstance(data, Rejected):
             return data.reason, None
         item = Picture(0, _hash(data), data)

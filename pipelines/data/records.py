@@ -17,7 +17,12 @@ import pyarrow as pa
 
 from pipelines.data.filesystems import open_file, parse
 
-Form = Literal["jsonl", "txt-file", "txt-blank-line", "parquet", "tar"]
+Modality = Literal["text", "images"]
+THINGS: dict[Modality, str] = {"text": "document", "images": "picture"}
+"""What a record of a modality is called."""
+Form = Literal["jsonl", "txt-file", "txt-blank-line", "parquet", "tar", "parquet-images", "files"]
+"""How records lie in a shard; `files` is a source of loose pictures, each of them a record."""
+PICTURE_FORMS: tuple[Form, ...] = ("tar", "parquet-images", "files")
 Seen = Callable[[bytes], object]
 """Is given the bytes of every record, all of them before the record is."""
 
@@ -40,7 +45,7 @@ class Record(NamedTuple):
     fate: str = ""
     """What becomes of it, where its shard has already told: bytes of a tar that are passed over."""
     key: str = ""
-    """Of a sample of a tar: no two of a shard may share one."""
+    """Of a sample of a tar, or the name of a loose picture: no two of a shard may share one."""
 
 
 def split(stream: io.BufferedIOBase, form: Form, seen: Seen | None = None) -> Iterator[Record]:

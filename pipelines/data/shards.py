@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pipelines.data import parquet, tar
-from pipelines.data.filesystems import File, find_files
+from pipelines.data.filesystems import File, find_files, open_file, parse, reading
 from pipelines.data.records import (
     COMPRESSED,
     MAX_RECORD_BYTES,
     Form,
+    Modality,
     Record,
     Seen,
     open_content,
@@ -21,15 +22,11 @@ from pipelines.data.records import (
 )
 from pipelines.errors import UserError
 
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".txt": "txt",
-    ".parquet": "parquet",
-    ".tar": "tar",
-}
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".txt")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".tar")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
-"""Of the files of a sample that hold a picture; what they are is told by their bytes."""
+"""Of loose pictures and of those in a sample; what they are is told by their bytes."""
+TOO_LONG = "quarantined:too-long"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +35,8 @@ class SourceConfig:
 
     text_field: str = "text"
     """The field of a jsonl line, or the column of a parquet shard, that holds the document."""
+    image_field: str = "image"
+    """The column of a parquet shard that holds the bytes of a picture, or a struct with them."""
     txt_documents: Literal["file", "blank-line"] = "file"
     """What is one document in a txt shard: the whole file, or text between blank lines."""
     heldout_ratio: float = 0.15
@@ -68,15 +67,18 @@ class Rejected(NamedTuple):
     """`filtered:...` for what is empty by design, `quarantined:...` for what is broken."""
 
 
-def find_shards(patterns: Sequence[str], *, separate: bool = False) -> list[File]:
+def find_shards(
+    patterns: Sequence[str], modality: Modality | None = None, *, separate: bool = False
+) -> list[File]:
     """Return the shards that files, folders and globs name, sorted, each once.
 
-    With `separate`, each pattern is a source of its own.
+    They are shards of many records, or loose pictures. With `separate`, each pattern is a source
+    of its own.
 
     Raises:
         UserError: If there is no pattern, one matches nothing, a file is of no known form, some
-            shards hold text and others pictures, or a shard is in two sources that are to be
-            separate.
+            shards hold text and others pictures, or not what `modality` asks for, or a shard is
+            in two sources that are to be separate.
     """
     if not patterns:
         raise UserError("no data: name raw shards, such as 'corpus/*.jsonl'")
@@ -86,8 +88,9 @@ def find_shards(patterns: Sequence[str], *, separate: bool = False) -> list[File
         for file in find_files(pattern, is_shard):
             if not is_shard(file.name):
                 raise UserError(
-                    f"{file.name}: unknown form; shards end in {', '.join(_SUFFIXES)}, "
-                    f"and but for .parquet may be packed: {', '.join(COMPRESSED)}"
+                    f"{file.name}: unknown form; shards end in {', '.join(SUFFIXES)}, and but for "
+                    f".parquet may be packed: {', '.join(COMPRESSED)}; pictures end in "
+                    f".{', .'.join(EXTENSIONS)}"
                 )
             num_matches += 1
             first = found.setdefault(identity(file.name), file._replace(source=number))
@@ -99,22 +102,47 @@ def find_shards(patterns: Sequence[str], *, separate: bool = False) -> list[File
         if not num_matches:
             raise UserError(f"no shards match {pattern!r}: check the path, and quote the pattern")
     shards = sorted(found.values())
-    pictures = [file.name for file in shards if holds_pictures(file.name)]
-    if 0 < len(pictures) < len(shards):
-        text = next(file.name for file in shards if not holds_pictures(file.name))
-        raise UserError(f"{pictures[0]} holds pictures and {text} text: name either in --data")
+    _refuse_mixture([file.name for file in shards], modality)
     return shards
 
 
-def holds_pictures(name: str) -> bool:
-    """Return whether a shard holds pictures and not text."""
-    return suffixes(name)[0] == ".tar"
+def _refuse_mixture(names: Sequence[str], modality: Modality | None) -> None:
+    first = {_kind(name): name for name in reversed(names)}
+    picture, text = first.get("picture"), first.get("text")
+    images = first.get("tar") or picture
+    if text and images:
+        raise UserError(f"{images} holds pictures and {text} text: name either in --data")
+    if picture and (shard := first.get("tar") or first.get("parquet")):
+        raise UserError(
+            f"{picture} is a picture and {shard} a shard of many records: name either in --data"
+        )
+    # Parquet holds what is asked of it.
+    if wrong := {"text": images, "images": text}.get(modality or ""):
+        raise UserError(f"{wrong} holds no {modality}, which is what this is for: name other data")
+
+
+def _kind(name: str) -> Literal["text", "parquet", "tar", "picture", ""]:
+    """Return what a file is by its name; hidden pictures are what systems left."""
+    form, packing = suffixes(name)
+    if form in TEXT_SUFFIXES:
+        return "text"
+    if form == ".tar":
+        return "tar"
+    if form == ".parquet" and not packing:
+        return "parquet"
+    if form[1:] not in EXTENSIONS or packing:
+        return ""
+    return "" if os.path.basename(parse(name).path).startswith(".") else "picture"
 
 
 def is_shard(name: str) -> bool:
-    """Return whether a file is a shard by its name."""
-    form, packing = suffixes(name)
-    return form in _SUFFIXES and not (packing and form == ".parquet")
+    """Return whether a file is raw data by its name."""
+    return _kind(name) != ""
+
+
+def is_picture(name: str) -> bool:
+    """Return whether a file is a loose picture by its name."""
+    return _kind(name) == "picture"
 
 
 def identity(name: str) -> str:
@@ -125,14 +153,16 @@ def identity(name: str) -> str:
     return os.path.realpath(name) if name.startswith("/") else name
 
 
-def form_of(name: str, config: SourceConfig) -> Form:
-    """Return how the records of a shard are told apart."""
-    known = _SUFFIXES[suffixes(name)[0]]
-    if known == "txt":
-        return "txt-file" if config.txt_documents == "file" else "txt-blank-line"
-    if known == "tar":
-        return "tar"
-    return "parquet" if known == "parquet" else "jsonl"
+def form_of(name: str, config: SourceConfig, modality: Modality = "text") -> Form:
+    """Return how the records of a shard are told apart; the modality is asked for by parquet."""
+    match suffixes(name)[0]:
+        case ".txt":
+            return "txt-file" if config.txt_documents == "file" else "txt-blank-line"
+        case ".tar":
+            return "tar"
+        case ".parquet":
+            return "parquet-images" if modality == "images" else "parquet"
+    return "jsonl"
 
 
 def unit_of(name: str) -> Literal["byte", "row"]:
@@ -140,21 +170,22 @@ def unit_of(name: str) -> Literal["byte", "row"]:
     return "row" if suffixes(name)[0] == ".parquet" else "byte"
 
 
-def parts(name: str, config: SourceConfig, seen: Seen) -> Iterator[Iterator[Record]]:
+def parts(name: str, form: Form, config: SourceConfig, seen: Seen) -> Iterator[Iterator[Record]]:
     """Yield the records of a shard in parts that no block may cross: row groups, or the whole.
 
     Raises:
         OSError: If the shard cannot be read to its end; or another of pyarrow's errors.
     """
-    form = form_of(name, config)
-    if form == "parquet":
-        yield from parquet.row_groups(name, config.text_field, config.max_expansion, seen)
+    if column := _column(form, config):
+        yield from parquet.row_groups(name, *column, config.max_expansion, seen)
     else:
         with open_content(name, config.max_expansion) as stream:
             yield tar.records(stream, seen) if form == "tar" else split(stream, form, seen)
 
 
-def records_from(name: str, config: SourceConfig, offset: int, seen: Seen) -> Iterator[Record]:
+def records_from(
+    name: str, form: Form, config: SourceConfig, offset: int, seen: Seen
+) -> Iterator[Record]:
     """Yield the records from the offset of a block on: a byte of the content, or a row.
 
     A compressed shard is read from its start, so keep such shards below some 100 MB.
@@ -162,9 +193,8 @@ def records_from(name: str, config: SourceConfig, offset: int, seen: Seen) -> It
     Raises:
         OSError: If they cannot be read; or another of pyarrow's errors.
     """
-    form = form_of(name, config)
-    if form == "parquet":
-        yield from parquet.rows_from(name, config.text_field, offset, seen)
+    if column := _column(form, config):
+        yield from parquet.rows_from(name, *column, offset, seen)
         return
     with open_content(name, config.max_expansion) as stream:
         if suffixes(name)[1]:
@@ -175,12 +205,40 @@ def records_from(name: str, config: SourceConfig, offset: int, seen: Seen) -> It
         yield from tar.records(stream, seen) if form == "tar" else split(stream, form, seen)
 
 
+def _column(form: Form, config: SourceConfig) -> tuple[str, parquet.Wanted] | None:
+    """Return which column of a parquet shard is read; None of another one."""
+    if form == "parquet-images":
+        return config.image_field, parquet.PICTURES
+    return (config.text_field, parquet.TEXTS) if form == "parquet" else None
+
+
+def loose_pictures(names: Sequence[str], seen: Seen) -> Iterator[Record]:
+    """Yield the files as records, hashed as the values of a parquet column are.
+
+    One that is too long for a picture is not read, so that of it only the size is hashed.
+
+    Raises:
+        DataError: If a file is gone.
+        OutageError: If one cannot be read.
+    """
+    for name in names:
+        with reading(name), open_file(name) as file:
+            size = file.size()
+            seen(size.to_bytes(8, "little"))
+            if size > tar.MAX_SAMPLE_BYTES:
+                yield Record(None, size, TOO_LONG, key=name)
+                continue
+            data = file.read()
+        seen(data)
+        yield Record(data, len(data), key=name)
+
+
 def document(record: bytes | None, form: Form, config: SourceConfig) -> str | Rejected:
     """Return the text of a record, or the reason why it has none."""
     if record is None:
         return Rejected("quarantined:no-text-field")
     if len(record) > MAX_RECORD_BYTES:
-        return Rejected("quarantined:too-long")
+        return Rejected(TOO_LONG)
     try:
         text = record.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -204,10 +262,17 @@ def document(record: bytes | None, form: Form, config: SourceConfig) -> str | Re
     return text
 
 
-def picture(sample: bytes) -> bytes | Rejected:
-    """Return the file of a sample that holds its picture, or the reason why there is none."""
+def picture(record: bytes | None, form: Form) -> bytes | Rejected:
+    """Return the picture of a record, or the reason why it has none.
+
+    A sample of a tar holds it in one of its files.
+    """
+    if record is None:
+        return Rejected("quarantined:no-image-field")
+    if form != "tar":
+        return record if len(record) <= tar.MAX_SAMPLE_BYTES else Rejected(TOO_LONG)
     try:
-        files = tar.files(sample)
+        files = tar.files(record)
     except ValueError:
         return Rejected("quarantined:two-files-of-one-name")
     found = [data for name, data in files.items() if name.rpartition(".")[2] in EXTENSIONS]

@@ -26,8 +26,9 @@ from pipelines.errors import UserError
 from pipelines.use.baselines import Floats, unigram_loss
 from pipelines.use.comparison import MIN_ITEMS, Comparison
 from pipelines.use.encoder import ROWS_PER_BATCH, Encoder
-from pipelines.use.evaluate import Held, Measured, measure, text_config
+from pipelines.use.evaluate import MAX_DOCUMENTS, Measured, measure, text_config
 from pipelines.use.evaluate_images import MAX_PICTURES, SEED
+from pipelines.use.heldout import Held
 
 GALLERY = 256
 """Pictures among which the other view of one is looked for."""
@@ -46,14 +47,15 @@ def compare(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Com
     """Return the scores of two models, or of one and of what knows nothing.
 
     Raises:
-        UserError: If the models cannot be compared, or the data is not what they are for.
+        UserError: If the models cannot be compared.
         DataError: If the data cannot be read.
     """
-    modality = "images" if data.shards[0].form == "tar" else "text"
-    for encoder in (candidate, champion):
-        if encoder and encoder.modality != modality:
-            raise UserError(f"the data holds {modality}, a model is of {encoder.modality}")
-    if modality == "images":
+    if champion and champion.modality != candidate.modality:
+        raise UserError(
+            f"the candidate is of {candidate.modality}, the champion of {champion.modality}: "
+            "register it under another name"
+        )
+    if candidate.modality == "images":
         return _compare_images(candidate, champion, data)
     return _compare_text(candidate, champion, data)
 
@@ -73,7 +75,8 @@ def _compare_text(candidate: Encoder, champion: Encoder | None, data: Manifest) 
         )
     encoders = [encoder for encoder in (candidate, champion) if encoder]
     rows = replace(config, max_length=min(encoder.max_tokens for encoder in encoders))
-    maker, held = TextRows(rows, candidate.vocabulary), Held(data, "training")
+    maker = TextRows(rows, candidate.vocabulary)
+    held = Held(data, "training", MAX_DOCUMENTS)
     measured = [measure(encoder.objective, maker, held, folds=1) for encoder in encoders]
     first, notes = measured[0], []
     reference = -measured[1].losses if champion else _told_by_frequency(first)

@@ -1,17 +1,19 @@
-"""Documents to embeddings: Parquet files with ids, each written once, whatever is killed.
+"""Documents or pictures to embeddings: Parquet files with ids, each once, whatever is killed.
 
     manifest -> units of whole blocks -> Ray Data -> workers that hold the encoder -> a file a unit
 
 A unit and the batches in it depend on the manifest alone, so the files do not tell how many
-workers made them, or how often they died.
+workers made them, or how often they died. A picture that cannot be decoded has no embedding; the
+file of its unit names it instead, with the reason.
 """
 
+import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,14 +24,18 @@ import torch
 from pipelines.cluster import unwrap
 from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
 from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
-from pipelines.data.fields import field_values
-from pipelines.data.manifest import Document, Manifest, Picture
+from pipelines.data.fields import KEY, field_values
+from pipelines.data.manifest import Document, Manifest, Picture, Quarantined
+from pipelines.data.records import THINGS
+from pipelines.data.shards import unit_of
 from pipelines.errors import DataError, UserError
 from pipelines.storage import held, write_file
-from pipelines.use.encoder import Encoder, UnreadableError
+from pipelines.use.encoder import Encoder
 
 PREFIX = "rayssl."
 """Of the keys in the schema of a file."""
+QUARANTINED = f"{PREFIX}quarantined"
+"""The key, in files of pictures alone, of those that have no embedding."""
 NAMES = pa.schema({"id": pa.string(), "shard": pa.string(), "record": pa.int64()})
 
 
@@ -47,7 +53,8 @@ class EmbedJob:
     out: Path
     """Folder of the files; on a cluster, one that every node sees."""
     id_field: str = ""
-    """Field of a record that holds its id; without one an id is SHARD:RECORD."""
+    """Field of a record that holds its id; without one an id is SHARD:RECORD, or the path of a
+    loose picture."""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -59,6 +66,11 @@ class EmbedJob:
             "id_field": self.id_field,
         }
         return {f"{PREFIX}{name}": value for name, value in told.items()}
+
+    @property
+    def things(self) -> str:
+        """What is embedded, in words."""
+        return f"{THINGS[self.encoder.modality]}s"
 
     @property
     def dimension(self) -> int:
@@ -95,8 +107,10 @@ class EmbedJob:
 class EmbedReport:
     """What one call did."""
 
-    documents: int
-    """Embedded, by this call and by those before it."""
+    embedded: int
+    """Documents or pictures, by this call and by those before it."""
+    quarantined: tuple[Quarantined, ...]
+    """Pictures that cannot be decoded."""
     files: int
     found_files: int
     """Files that were there already."""
@@ -107,12 +121,12 @@ class EmbedReport:
 
 
 def embed(job: EmbedJob, workers: int) -> EmbedReport:
-    """Embed every readable document once; what earlier calls have finished is not made again.
+    """Embed every readable record once; what earlier calls have finished is not made again.
 
     Raises:
         UserError: If the folder is in use, or holds embeddings of another model or corpus, or if
             the cluster has not a CPU for each worker.
-        DataError: If a shard has changed since it was indexed, or a document has no id.
+        DataError: If a shard has changed since it was indexed, or a record has no id.
         StorageError: If a file cannot be written, or the store of a shard fails.
     """
     if workers > (cpus := int(ray.cluster_resources().get("CPU", 0))) or workers < 1:
@@ -126,77 +140,92 @@ def embed(job: EmbedJob, workers: int) -> EmbedReport:
         if pending:
             _run(job, pending, workers)
         seconds = time.perf_counter() - started
-        rows = _finished(job)
-    documents, expected = sum(rows.values()), job.manifest.records_where("training")
-    if documents != expected:
+        units = _finished(job)
+    embedded = sum(unit.rows for unit in units.values())
+    quarantined = tuple(entry for unit in units.values() for entry in unit.quarantined)
+    made, expected = embedded + len(quarantined), job.manifest.records_where("training")
+    if made != expected:
         raise DataError(
-            f"{job.out} holds {documents} embeddings of {expected} documents: its files were "
+            f"{job.out} holds {made} embeddings of {expected} {job.things}: its files were "
             "altered; choose another folder"
         )
     return EmbedReport(
-        documents=documents,
+        embedded=embedded,
+        quarantined=quarantined,
         files=len(job.units),
         found_files=len(found),
         dimension=job.dimension,
         seconds=seconds,
-        rows_per_second=(documents - sum(found.values())) / seconds,
+        rows_per_second=(embedded - sum(unit.rows for unit in found.values())) / seconds,
     )
 
 
 def write_unit(job: EmbedJob, unit: int) -> int:
-    """Embed the items of a unit into its file; return how many there are.
-
-    Raises:
-        DataError: If a picture cannot be decoded, or an item has no id.
-    """
-    items: list[Document | Picture] = []
-    names = []
-    for number in job.units[unit]:
-        found = job.manifest.read(number, "training")
-        items += found
-        names.append(_names(job, number, found))
-    table = pa.concat_tables(names)
-    try:
-        features = job.encoder.encode([_content(item) for item in items])
-    except UnreadableError as error:
-        shard, record = (table[name][error.place].as_py() for name in ("shard", "record"))
-        raise DataError(
-            f"record {record} of {shard}: {error.reason}; take this picture out of the shard"
-        ) from error
+    """Embed what a unit holds into its file; return how many embeddings there are."""
+    blocks = {number: job.manifest.read(number, "training") for number in job.units[unit]}
+    names = [_names(job, number, found) for number, found in blocks.items()]
+    items = [item for found in blocks.values() for item in found]
+    features, reasons = job.encoder.encode_readable([_content(item) for item in items])
     vectors = pa.FixedSizeListArray.from_arrays(features.reshape(-1), job.dimension)
-    table = table.append_column("embedding", vectors)
-    table = table.replace_schema_metadata(job.metadata)
+    table = pa.concat_tables(names).append_column("embedding", vectors)
+    metadata = job.metadata
+    if reasons:
+        table = table.filter(pa.array([i not in reasons for i in range(len(items))]))
+        told = {items[i].record: reason for i, reason in reasons.items()}
+        quarantined = [asdict(entry) for number in blocks for entry in _places(job, number, told)]
+        metadata[QUARANTINED] = json.dumps(quarantined)
+    table = table.replace_schema_metadata(metadata)
     write_file(job.path(unit), lambda aside: pq.write_table(table, aside, use_dictionary=["shard"]))
-    return len(items)
+    return len(items) - len(reasons)
 
 
-def _content(item: Document | Picture) -> Any:
-    return item.data if isinstance(item, Picture) else item.text
+def _content(item: Document | Picture) -> str | bytes:
+    return item.text if isinstance(item, Document) else item.data
 
 
-def _names(job: EmbedJob, number: int, documents: Sequence[Document]) -> pa.Table:
-    """Return id, shard and record of the documents of a block."""
+def _places(job: EmbedJob, number: int, reasons: Mapping[int, str]) -> list[Quarantined]:
+    """Return where the records of a block lie that have a reason, by their number."""
+    block = job.manifest.blocks[number]
+    path, offset = job.manifest.shards[block.shard].path, block.offset
+    found = []
+    for i, record in enumerate(job.manifest.records(number)):
+        if reason := reasons.get(block.first_record + i):
+            place = (block.files[i], 0) if block.files else (path, offset)
+            found.append(
+                Quarantined(path=place[0], offset=place[1], bytes=record.bytes, reason=reason)
+            )
+        offset += 1 if unit_of(path) == "row" else record.bytes
+    return found
+
+
+def _names(job: EmbedJob, number: int, items: Sequence[Document | Picture]) -> pa.Table:
+    """Return id, shard and record of what is used of a block."""
     block = job.manifest.blocks[number]
     path = job.manifest.shards[block.shard].path
     first = job.first_records[block.shard]
-    records_in_shard = [document.record - first for document in documents]
-    if job.id_field:
-        values = list(field_values(job.manifest, number, job.id_field))
-        ids = [values[document.record - block.first_record] for document in documents]
+    records_in_shard = [item.record - first for item in items]
+    if field := job.id_field or (KEY if block.files else ""):
+        values = list(field_values(job.manifest, number, field))
+        ids = [values[item.record - block.first_record] for item in items]
     else:
         ids = [f"{path}:{record}" for record in records_in_shard]
     for name, record in zip(ids, records_in_shard, strict=True):
         if name is None:
             raise DataError(
                 f"record {record} of {path} has no string or whole number {job.id_field!r}: name "
-                "a field that every document has with --id-field"
+                "a field that every record has with --id-field"
             )
     columns = {"id": ids, "shard": [path] * len(ids), "record": records_in_shard}
     return pa.table(columns, schema=NAMES)
 
 
-def _finished(job: EmbedJob) -> dict[int, int]:
-    """Return how many rows each finished unit has.
+class _Unit(NamedTuple):
+    rows: int
+    quarantined: tuple[Quarantined, ...]
+
+
+def _finished(job: EmbedJob) -> dict[int, _Unit]:
+    """Return what each finished unit holds.
 
     Raises:
         UserError: If a file of the folder is not of this embedding.
@@ -204,7 +233,7 @@ def _finished(job: EmbedJob) -> dict[int, int]:
     units = {job.path(unit): unit for unit in range(len(job.units))}
     # Another alias or folder of the same bytes is the same model.
     wanted = {name: told for name, told in job.metadata.items() if name != f"{PREFIX}model"}
-    found: dict[int, int] = {}
+    found: dict[int, _Unit] = {}
     for path in sorted(job.out.glob("*.parquet")):
         try:
             footer = pq.read_metadata(path)
@@ -219,7 +248,8 @@ def _finished(job: EmbedJob) -> dict[int, int]:
                 )
         if path not in units:
             raise UserError(f"{path} is no file of this embedding: choose another --out")
-        found[units[path]] = footer.num_rows
+        without = tuple(Quarantined(**entry) for entry in json.loads(told.get(QUARANTINED, "[]")))
+        found[units[path]] = _Unit(footer.num_rows, without)
     return found
 
 
@@ -235,12 +265,13 @@ def _run(job: EmbedJob, pending: Sequence[int], workers: int) -> None:
         compute=ray.data.TaskPoolStrategy(size=min(workers, len(tasks))),
     )
     try:
-        _show(counts.iter_batches(batch_size=None, batch_format="numpy"), len(pending))
+        made = counts.iter_batches(batch_size=None, batch_format="numpy")
+        _show(made, len(pending), job.things)
     except Exception as error:
         raise unwrap(error) from error
 
 
-def _show(counts: Iterable[Any], num_files: int) -> None:
+def _show(counts: Iterable[Any], num_files: int, things: str) -> None:
     """Say how it goes on, as files are finished."""
     rows = files = 0
     printed = started = time.perf_counter()
@@ -251,7 +282,7 @@ def _show(counts: Iterable[Any], num_files: int) -> None:
         if now - printed > PLAIN_LINES_EVERY_SECONDS:
             printed = now
             rate = rows / (now - started)
-            say(f"file {files}/{num_files}  {rows} documents  {rate:.0f} documents/s")
+            say(f"file {files}/{num_files}  {rows} {things}  {rate:.0f} {things}/s")
 
 
 def _write_units(units: pa.Table, job_ref: "ray.ObjectRef[EmbedJob]") -> pa.Table:

@@ -1,8 +1,8 @@
 """A pretrained encoder in use: texts, or the bytes of pictures, to embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipelines.data.images import ImageConfig, ImageRows
+from pipelines.data.records import Modality
 from pipelines.data.shards import Rejected
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
@@ -22,15 +23,6 @@ from ssl_models.objective import Batch, Objective
 ROWS_PER_BATCH = 64
 CHARS_PER_TOKEN = 8
 """So many characters of a text nearly always hold a token."""
-
-
-class UnreadableError(DataError):
-    """A picture that cannot be decoded; `place` is its own among those that were given."""
-
-    def __init__(self, place: int, count: int, reason: str) -> None:
-        super().__init__(f"picture {place} of {count}: {reason}; leave it out")
-        self.place = place
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class Encoder:
         return {name: tensor for name, tensor in state.items() if name not in self.fresh}
 
     @property
-    def modality(self) -> Literal["text", "images"]:
+    def modality(self) -> Modality:
         """What it embeds."""
         return "text" if self.pieces else "images"
 
@@ -85,7 +77,7 @@ class Encoder:
         """Splits raw text and knows no control tokens; `vocabulary` has their ids."""
         return self.vocabulary.tokenizer
 
-    def encode(self, items: Sequence[str] | Sequence[bytes]) -> NDArray[np.float32]:
+    def encode(self, items: Sequence[str | bytes]) -> NDArray[np.float32]:
         """Return the embeddings float32 (items, dimension), without dropout.
 
         Items are texts, or the bytes of pictures, as the encoder is of text or images. A text is
@@ -93,38 +85,49 @@ class Encoder:
         the largest square of its middle is seen, in the size of the pretraining.
 
         Raises:
-            UnreadableError: If an item is no picture, with its place and the reason.
+            DataError: If an item is no picture, with its place and the reason.
         """
-        rows: list[Any] = self._text_rows(items) if self.pieces else self._pixels(items)
-        # All pictures have one size, and so keep their order.
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        features = np.zeros((len(rows), self.dimension), dtype=np.float32)
+        features, rejected = self.encode_readable(items)
+        for i, reason in rejected.items():
+            raise DataError(f"picture {i} of {len(items)}: {reason}; leave it out")
+        return features
+
+    def encode_readable(
+        self, items: Sequence[str | bytes]
+    ) -> tuple[NDArray[np.float32], dict[int, str]]:
+        """Return the embeddings of `encode`, zeros for what is no picture, and the reasons why."""
+        features = np.zeros((len(items), self.dimension), dtype=np.float32)
+        rejected: dict[int, str] = {}
         was_training = self.objective.training
         self.objective.eval()
         with torch.no_grad():
-            for start in range(0, len(rows), ROWS_PER_BATCH):
-                alike = by_length[start : start + ROWS_PER_BATCH]
-                batch = self._batch([rows[i] for i in alike])
-                features[alike] = self.objective.encode(batch).cpu().numpy()
+            for places, rows in self._batches(items):
+                found = dict(zip(places, rows, strict=True))
+                rejected |= {i: row.reason for i, row in found.items() if isinstance(row, Rejected)}
+                if used := [i for i in places if i not in rejected]:
+                    batch = self._batch([found[i] for i in used])
+                    features[used] = self.objective.encode(batch).cpu().numpy()
         self.objective.train(was_training)
-        return features
+        return features, rejected
+
+    def _batches(self, items: Sequence[Any]) -> Iterator[tuple[Sequence[int], list[Any]]]:
+        """Yield the places of items that share a batch, and their rows."""
+        if self.pieces:
+            rows = self._text_rows(items)
+            by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+            for alike in _parts(by_length):
+                yield alike, [rows[i] for i in alike]
+            return
+        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
+        maker = ImageRows(config)
+        for places in _parts(range(len(items))):  # of pixels only those of a batch are held
+            yield places, [maker.plain(items[i]) for i in places]
 
     def _text_rows(self, texts: Sequence[Any]) -> list[list[int]]:
         return [
             [self.vocabulary.cls, *ids.tolist(), self.vocabulary.sep]
             for ids in self._first_ids(texts, self.max_tokens - 2)
         ]
-
-    def _pixels(self, pictures: Sequence[Any]) -> list[NDArray[np.uint8]]:
-        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
-        maker = ImageRows(config)
-        made: list[NDArray[np.uint8]] = []
-        for i, data in enumerate(pictures):
-            pixels = maker.plain(data)
-            if isinstance(pixels, Rejected):
-                raise UnreadableError(i, len(pictures), pixels.reason)
-            made.append(pixels)
-        return made
 
     def _first_ids(self, texts: Sequence[str], limit: int) -> list[NDArray[Any]]:
         """Return the first `limit` ids of each text, without tokenising all of a long one.
@@ -155,3 +158,8 @@ class Encoder:
             "token_type_ids": torch.zeros_like(input_ids, device=device),
             "attention_mask": attention_mask.to(device),
         }
+
+
+def _parts(places: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(places), ROWS_PER_BATCH):
+        yield places[start : start + ROWS_PER_BATCH]

@@ -6,19 +6,16 @@ Memory is bounded: documents come order by order, and only counts are kept of th
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.cluster import parallel_map
 from pipelines.data.batches import ArrayBatch, RowSource
-from pipelines.data.manifest import Document, Manifest, Split
+from pipelines.data.manifest import Document, Manifest
 from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
@@ -27,6 +24,7 @@ from pipelines.run import Run
 from pipelines.use.baselines import Counts, Floats, bootstrap, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
 from pipelines.use.encoder import Encoder
+from pipelines.use.heldout import Held, without_copies
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.objective import Objective
 
@@ -42,7 +40,6 @@ ROWS_PER_BATCH = 64
 ROWS_PER_COUNT = 1024
 TRAINING_ORDERS = 8
 """Work orders of training rows that the baselines learn from; a small corpus has no more."""
-TASKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +121,9 @@ def evaluate(objective: Objective, run: Run, data: Manifest | None = None) -> Ev
         UserError: If the run is not on text.
     """
     maker = run.text_rows
-    held = Held(run.manifest, "heldout")
+    held = Held(run.manifest, "heldout", MAX_DOCUMENTS)
     if data is not None:
-        held = _without_copies(Held(data, "training"), run.manifest)
+        held = without_copies(Held(data, "training", MAX_DOCUMENTS), run.manifest)
     measured = measure(objective, maker, held, folds=1)
     return _figures(maker, measured, held, [_training_counts(run.source, maker)])
 
@@ -142,7 +139,7 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
         BundleError: If the bundle does not tell how its rows were made.
         UserError: If the encoder is not one of text.
     """
-    held = Held(data, "training")
+    held = Held(data, "training", MAX_DOCUMENTS)
     maker = TextRows(text_config(encoder), encoder.vocabulary)
     measured = measure(encoder.objective, maker, held, folds=2)
     evaluation = _figures(maker, measured, held, measured.folds[::-1])
@@ -165,27 +162,6 @@ def text_config(encoder: Encoder) -> TextConfig:
             f"config.json: text: {said}; the bundle does not tell how its rows were made: "
             "register it anew"
         ) from error
-
-
-class Held(NamedTuple):
-    """The documents to evaluate on."""
-
-    manifest: Manifest
-    split: Split
-    left_out: frozenset[int] = frozenset()
-    """Content of documents that are not evaluated on."""
-    num_left_out: int = 0
-
-    @property
-    def num_documents(self) -> int:
-        """How many documents there are, those left out or passed over included."""
-        return self.manifest.records_where(self.split)
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents; of too many, those of every n-th block."""
-        stride = -(-self.num_documents // MAX_DOCUMENTS) or 1
-        for number in self.manifest.blocks_of(self.split)[::stride]:
-            yield from self.manifest.read(number, self.split)
 
 
 class Measured(NamedTuple):
@@ -224,7 +200,7 @@ def _figures(maker: TextRows, measured: Measured, held: Held, learned: list[Coun
         nsp_accuracy_low=low,
         nsp_accuracy_high=high,
         nsp_length_accuracy=length_accuracy(learned, measured.folds),
-        all_documents=held.num_documents,
+        all_documents=held.num_records,
         also_trained=held.num_left_out,
         asked="sentence order" if maker.config.pairing == "sentence-order" else "next sentence",
     )
@@ -286,8 +262,7 @@ def _orders(held: Held, folds: int) -> Iterator[tuple[int, list[Document]]]:
     """Yield documents that are paired with each other, and their fold; dealt out in turn."""
     waiting: list[list[Document]] = [[] for _ in range(folds)]
     num_chars = [0] * folds
-    kept = (document for document in held.documents() if document.content not in held.left_out)
-    for number, document in enumerate(kept):
+    for number, document in enumerate(held.items()):
         fold = number % folds
         waiting[fold].append(document)
         num_chars[fold] += len(document.text)
@@ -319,23 +294,3 @@ def _training_counts(source: RowSource, maker: TextRows) -> Counts:
         for part in _parts(source.table(source.plan.order(number)), ROWS_PER_COUNT):
             counts.add(maker.collate(part))
     return counts
-
-
-def _without_copies(held: Held, manifest: Manifest) -> Held:
-    """Leave out what is also a training document of a manifest, which is read in parallel."""
-    contents = [document.content for document in held.documents()]
-    told = ray.put((manifest, frozenset(contents)))
-    blocks = np.array(manifest.blocks_of("training"))
-    parts = [part.tolist() for part in np.array_split(blocks, min(len(blocks), TASKS))]
-    copies = frozenset[int]().union(*parallel_map(partial(_found, told), parts))
-    return held._replace(
-        left_out=copies, num_left_out=sum(content in copies for content in contents)
-    )
-
-
-def _found(
-    told: "ray.ObjectRef[tuple[Manifest, frozenset[int]]]", blocks: Sequence[int]
-) -> set[int]:
-    manifest, wanted = ray.get(told)
-    read = (document for number in blocks for document in manifest.read(number, "training"))
-    return {document.content for document in read} & wanted

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import torch
 
 from pipelines.data.images import ImageRows
-from pipelines.data.manifest import Picture
+from pipelines.data.manifest import Manifest, Picture
 from pipelines.errors import DataError
 from pipelines.run import Run
+from pipelines.use.heldout import Held, without_copies
 from ssl_models.collapse import diagnose, measure
 from ssl_models.contrastive import Contrastive
 from ssl_models.objective import Objective
@@ -30,33 +32,49 @@ class ImageEvaluation:
     """The mean of each term of the loss."""
     collapse: str
     """The name of a collapse of the embeddings that the loss compares; empty if there is none."""
+    also_trained: int = 0
+    """Pictures left out because they were trained on."""
 
     def metrics(self) -> dict[str, float]:
         """Return the figures by the names they are logged under."""
         losses = {f"heldout/{name}_loss": loss for name, loss in self.losses.items()}
-        return {"heldout/pictures": float(self.pictures)} | losses
+        counts = {"pictures": self.pictures, "also_trained": self.also_trained}
+        return {f"heldout/{name}": float(count) for name, count in counts.items()} | losses
 
     def lines(self) -> list[str]:
         """Return the figures in words."""
         losses = ", ".join(f"{name} loss {loss:.4f}" for name, loss in self.losses.items())
         lines = [f"on {self.pictures} held-out pictures: {losses}"]
+        if self.also_trained:
+            num_seen = self.pictures + self.also_trained
+            lines.insert(
+                0, f"{self.also_trained} of {num_seen} pictures were also trained on: left out"
+            )
         if self.collapse:
             lines.append(f"the encoder shows {self.collapse}: its embeddings tell little apart")
         return lines
 
 
-def evaluate_images(objective: Objective, run: Run) -> ImageEvaluation:
-    """Return the figures of a run's objective on its held-out pictures, in slots as in training.
+def evaluate_images(
+    objective: Objective, run: Run, data: Manifest | None = None
+) -> ImageEvaluation:
+    """Return the figures of a run's objective on its held-out pictures, or on other data.
+
+    They are seen in slots as in training. Other data is one manifest with nothing held out, and
+    needs Ray; what of it the run was trained on is left out.
 
     Raises:
-        DataError: If no picture is held out.
+        DataError: If no picture is left to evaluate on.
     """
     maker = ImageRows(run.config.images)
+    held = Held(run.manifest, "heldout", MAX_PICTURES)
+    if data is not None:
+        held = without_copies(Held(data, "training", MAX_PICTURES), run.manifest)
     sums: dict[str, Any] = {}
     embedded = []
     num_pictures = 0
     objective.eval()
-    for number, rows in enumerate(_slots(run, maker)):
+    for number, rows in enumerate(_slots(held, maker, run.config.order.rows_per_slot)):
         arrays = maker.collate(rows, seed=SEED, step=number, slot=0)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         used = batch["weight"] > 0
@@ -67,11 +85,16 @@ def evaluate_images(objective: Objective, run: Run) -> ImageEvaluation:
             if isinstance(objective, Contrastive):
                 embedded.append(objective.embed(batch)[used])
     if not num_pictures:
-        raise DataError("no picture is held out; set --source.heldout-ratio above 0")
+        raise DataError(
+            "every picture was also trained on: name other --data"
+            if held.left_out
+            else "no picture is held out; set --source.heldout-ratio above 0"
+        )
     return ImageEvaluation(
         pictures=num_pictures,
         losses={name: float(total / weight) for name, (total, weight) in sums.items()},
         collapse=_collapse(torch.cat(embedded)) if embedded and num_pictures > 1 else "",
+        also_trained=held.num_left_out,
     )
 
 
@@ -79,15 +102,8 @@ def _collapse(embedded_n2D: torch.Tensor) -> str:
     return diagnose(measure(embedded_n2D[:, 0], embedded_n2D[:, 1]))
 
 
-def _slots(run: Run, maker: ImageRows) -> Iterator[pa.Table]:
+def _slots(held: Held, maker: ImageRows, size: int) -> Iterator[pa.Table]:
     """Yield the rows of held-out pictures, as many at once as a slot has."""
-    size, manifest = run.config.order.rows_per_slot, run.manifest
-    waiting: list[Picture] = []
-    stride = -(-manifest.records_where("heldout") // MAX_PICTURES) or 1
-    for block in manifest.blocks_of("heldout")[::stride]:
-        waiting += manifest.read(block, "heldout")
-        while len(waiting) >= size:
-            yield maker.rows(waiting[:size], seed=SEED, order=0)
-            waiting = waiting[size:]
-    if waiting:
-        yield maker.rows(waiting, seed=SEED, order=0)
+    pictures: Iterator[Picture] = held.items()
+    while some := [*islice(pictures, size)]:
+        yield maker.rows(some, seed=SEED, order=0)

@@ -25,6 +25,7 @@ from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import TrackingError
 from pipelines.use.compare_models import compare
 from pipelines.use.comparison import Finding, findings_table, judge
+from pipelines.use.encoder import Encoder
 from pipelines.use.gate_config import GateConfig
 from pipelines.use.registry import MANIFEST_TAG, load_encoder, pin
 
@@ -114,16 +115,31 @@ def pin_pair(name: str, tracking_uri: str) -> Pair:
     return pair
 
 
-def judge_pair(pair: Pair, data: Manifest, gate: GateConfig, tracking_uri: str) -> GateReport:
-    """Compare both models on the same data, of which all documents or pictures count.
+def open_pair(pair: Pair, tracking_uri: str) -> tuple[Encoder, Encoder | None]:
+    """Return the candidate and the champion.
 
     Raises:
         BundleError: If a model is not what was registered.
-        UserError: If the models cannot be compared.
-        DataError: If there is too little data.
     """
     candidate = load_encoder(uri_of(pair.candidate), tracking_uri)
     champion = load_encoder(uri_of(pair.champion), tracking_uri) if pair.champion else None
+    return candidate, champion
+
+
+def judge_pair(
+    pair: Pair,
+    encoders: tuple[Encoder, Encoder | None],
+    data: Manifest,
+    gate: GateConfig,
+    tracking_uri: str,
+) -> GateReport:
+    """Compare both models on the same data, of which all documents or pictures count.
+
+    Raises:
+        UserError: If the models cannot be compared.
+        DataError: If there is too little data.
+    """
+    candidate, champion = encoders
     compared = compare(candidate, champion, data)
     comparisons = compared.comparisons
     bounds = gate.bounds(len(comparisons)) if champion else [0.0] * len(comparisons)
