@@ -13,6 +13,7 @@ import tyro
 
 from pipelines.errors import INTERRUPTED, UserError, nearest
 from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs_finetune import Finetune
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -25,6 +26,7 @@ VERBS: dict[str, Any] = {
     "pretrain": None,
     "evaluate": Evaluate,
     "embed": Embed,
+    "finetune": Finetune,
     "fill-mask": FillMask,
     "export": Export,
     "verify": Verify,
@@ -45,6 +47,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   pretrain   pretrain an encoder on raw shards, evaluate and register it
   evaluate   measure a run or a model on documents that it was not trained on
   embed      embed the documents of raw shards into Parquet files with ids
+  finetune   fine-tune an encoder on labels, measure and register it
   fill-mask  show what an encoder puts in the place of [MASK]
   export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -255,13 +255,7 @@ def _attempt(run: Run, worker: Any) -> str | None:
     Raises:
         UserError: The one that a worker raised, but for an outage.
     """
-    progress = Progress(run.dir, run.config)
-    done = _in_thread(lambda: _fit(run, worker))
-    while not done.done():
-        progress.update()
-        time.sleep(0.5)
-    progress.close()
-    error = done.exception()
+    error = watched(Progress(run.dir, run.config), lambda: _fit(run, worker))
     if error is None:
         return None
     found = unwrap(error)
@@ -269,7 +263,17 @@ def _attempt(run: Run, worker: Any) -> str | None:
         raise found from error
     if run.config.verbose:
         traceback.print_exception(error)
-    return str(found) if isinstance(found, OutageError) else _root_cause(error)
+    return str(found) if isinstance(found, OutageError) else root_cause(error)
+
+
+def watched(progress: Progress, function: Callable[[], object]) -> BaseException | None:
+    """Show how a function gets on that trains, and return what it raised, if it did."""
+    done = _in_thread(function)
+    while not done.done():
+        progress.update()
+        time.sleep(0.5)
+    progress.close()
+    return done.exception()
 
 
 def _fit(run: Run, worker: Any) -> None:
@@ -296,9 +300,9 @@ def _fit(run: Run, worker: Any) -> None:
     trainer.fit()
 
 
-def _in_thread(function: Any) -> Future[None]:
+def _in_thread(function: Callable[[], object]) -> Future[object]:
     """Run a function beside the main thread, which stays free for signals and the live line."""
-    future: Future[None] = Future()
+    future: Future[object] = Future()
 
     def target() -> None:
         try:
@@ -310,7 +314,8 @@ def _in_thread(function: Any) -> Future[None]:
     return future
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
+    """Return the innermost of the errors that one of Ray's tells of, in a line."""
     innermost = error
     while found := causes(innermost):
         innermost = found[0]

@@ -16,6 +16,7 @@ from pipelines.data.shards import Rejected
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
 from ssl_models.autoencoder import Autoencoder
+from ssl_models.classification import Classification
 from ssl_models.contrastive import Contrastive
 from ssl_models.objective import Batch, Objective
 
@@ -51,6 +52,8 @@ class Encoder:
         """Width of an embedding."""
         if self.pieces:
             return int(self.config["objective"]["encoder"]["hidden_size"])
+        if isinstance(self.objective, Classification):
+            return self.objective.config.feature_size
         assert isinstance(self.objective, Contrastive | Autoencoder)
         return self.objective.config.encoder.feature_size
 
@@ -86,7 +89,7 @@ class Encoder:
         Raises:
             DataError: If an item is no picture, with its place and the reason.
         """
-        rows: list[Any] = self._text_rows(items) if self.pieces else self._pixels(items)
+        rows: list[Any] = self._text_rows(items) if self.pieces else self.pixels(items)
         # All pictures have one size, and so keep their order.
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         features = np.zeros((len(rows), self.dimension), dtype=np.float32)
@@ -103,10 +106,15 @@ class Encoder:
     def _text_rows(self, texts: Sequence[Any]) -> list[list[int]]:
         return [
             [self.vocabulary.cls, *ids.tolist(), self.vocabulary.sep]
-            for ids in self._first_ids(texts, self.max_tokens - 2)
+            for ids in self.first_ids(texts, self.max_tokens - 2)
         ]
 
-    def _pixels(self, pictures: Sequence[Any]) -> list[NDArray[np.uint8]]:
+    def pixels(self, pictures: Sequence[Any]) -> list[NDArray[np.uint8]]:
+        """Return pictures as they are embedded, uint8 (channels, height, width) each.
+
+        Raises:
+            DataError: If an item is no picture, with its place and the reason.
+        """
         config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
         maker = ImageRows(config)
         made: list[NDArray[np.uint8]] = []
@@ -117,7 +125,7 @@ class Encoder:
             made.append(pixels)
         return made
 
-    def _first_ids(self, texts: Sequence[str], limit: int) -> list[NDArray[Any]]:
+    def first_ids(self, texts: Sequence[str], limit: int) -> list[NDArray[Any]]:
         """Return the first `limit` ids of each text, without tokenising all of a long one.
 
         What stands before a space is tokenised the same, whatever follows it.
