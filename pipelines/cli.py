@@ -13,7 +13,7 @@ import tyro
 
 from pipelines.errors import INTERRUPTED, UserError, nearest
 from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
-from pipelines.verbs_finetune import Finetune
+from pipelines.verbs_finetune import Finetune, LabelTable
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -27,6 +27,7 @@ VERBS: dict[str, Any] = {
     "evaluate": Evaluate,
     "embed": Embed,
     "finetune": Finetune,
+    "label-table": LabelTable,
     "fill-mask": FillMask,
     "export": Export,
     "verify": Verify,
@@ -48,6 +49,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   evaluate   measure a run or a model on documents that it was not trained on
   embed      embed the documents of raw shards into Parquet files with ids
   finetune   fine-tune an encoder on labels, measure and register it
+  label-table  compare it with the same net from scratch and a linear model
   fill-mask  show what an encoder puts in the place of [MASK]
   export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed

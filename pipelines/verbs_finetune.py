@@ -2,13 +2,17 @@
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from pipelines.errors import UserError
-from pipelines.use.finetune_config import FinetuneConfig
+from pipelines.use.finetune_config import FinetuneConfig, LabelledData
 from pipelines.verbs import Address, Model
+
+Labelled = Annotated[LabelledData, tyro.conf.arg(name="")]
+"""Its flags stand beside those of the verb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,25 +20,9 @@ class Finetune:
     """Fine-tune an encoder on labelled texts, pairs of texts or pictures, and register it."""
 
     model: Model
-    data: tyro.conf.Positional[tuple[str, ...]]
-    """Labelled shards: files, folders or quoted globs, as for pretraining."""
-    labels: str
-    """Field of a record that holds its label: of a jsonl line, a column of a parquet shard, and of
-    a tar the extension of a sample's file (cls), or a field of its json."""
+    source: Labelled
     task: Literal["classify"] = "classify"
     """What is learned: one label of each item."""
-    text_field: str = "text"
-    """Field that holds the text."""
-    text_pair_field: str = ""
-    """Field that holds the second text, where the label is of a pair."""
-    validation: tuple[str, ...] = ()
-    """Labelled shards to choose the best weights by, instead of a part of the data."""
-    test: tuple[str, ...] = ()
-    """Labelled shards to measure the result on, instead of a part of the data."""
-    validation_ratio: float = 0.1
-    """Share of the data, chosen by a hash of its content, without --validation."""
-    test_ratio: float = 0.15
-    """Share of the data, chosen by a hash of its content, without --test."""
     name: str = ""
     """The run lives in RUNS/NAME; the same command does not train twice."""
     runs: str = "runs"
@@ -53,7 +41,6 @@ class Finetune:
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
-        check_ratios(self.validation_ratio, self.test_ratio)
         if not 1 <= self.workers <= self.training.slots:
             raise UserError(
                 f"workers must be in 1..{self.training.slots}, the slots, got {self.workers}"
@@ -63,20 +50,61 @@ class Finetune:
         """Print figures on test examples, the confusion matrix and what was registered."""
         from pipelines.use.finetune import finetune
 
-        return finetune(self if self.name else replace(self, name=self._new_name()))
-
-    def _new_name(self) -> str:
-        return time.strftime("finetune-%Y%m%d-%H%M%S")
+        name = self.name or time.strftime("finetune-%Y%m%d-%H%M%S")
+        return finetune(replace(self, name=name))
 
 
-def check_ratios(validation: float, test: float) -> None:
-    """Refuse parts that leave nothing to train on.
+@dataclass(frozen=True, kw_only=True)
+class LabelTable:
+    """Compare a fine-tuned encoder with the same net from scratch and a linear model.
 
-    Raises:
-        UserError: If a ratio is negative, or both are no less than 1.
+    At fractions of the labels, with several seeds: does the pretraining pay?
     """
-    if validation < 0 or test < 0 or validation + test >= 1:
-        raise UserError(
-            "validation_ratio and test_ratio must be at least 0 and together below 1, got "
-            f"{validation} and {test}"
-        )
+
+    model: Model
+    source: Labelled
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Shares of the labels."""
+    seeds: int = 3
+    """How often each is trained, each time on another share."""
+    out: Path = Path("label-table.json")
+    """Where the figures are written."""
+    runs: str = "runs"
+    """Folder of all runs, where what is read is remembered."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where the model is registered."""
+    address: Address = ""
+    training: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
+            raise UserError(f"fractions must be above 0 and at most 1, got {self.fractions}")
+        if self.seeds < 1:
+            raise UserError(f"seeds must be at least 1, got {self.seeds}")
+
+    def run(self) -> dict[str, Any]:
+        """Print the table; every contestant is trained and judged on the same examples."""
+        from pipelines.cluster import cluster
+        from pipelines.storage import write_json
+        from pipelines.use.fit import FitTask
+        from pipelines.use.label_table import label_table, show
+        from pipelines.use.labelled import read
+        from pipelines.use.registry import open_model
+
+        model, sha256, encoder = open_model(self.model, self.tracking_uri)
+        with cluster(self.address, 1, verbose=False):
+            data, fingerprints = read(self.source, encoder, Path(self.runs))
+            print(f"{model}: {data.line()}", flush=True)
+            task = FitTask(config=self.training, encoder=encoder, labelled=data)
+            rows = label_table(task, self.fractions, self.seeds)
+        print(show(rows))
+        result = {
+            "model": model,
+            "bundle_sha256": sha256,
+            "fingerprints": list(fingerprints),
+            "test_examples": len(data.test),
+            "seeds": self.seeds,
+            "rows": [row.record() for row in rows],
+        }
+        write_json(self.out, result)
+        return result

@@ -4,15 +4,18 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from pipelines.cli import main
 from pipelines.data.manifest import content_hash
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
@@ -20,12 +23,22 @@ from pipelines.training.mlflow_client import open_client
 from pipelines.use.bundle import manifest_sha256
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.finetune import finetune
-from pipelines.use.finetune_config import FinetuneConfig
+from pipelines.use.finetune_config import FinetuneConfig, LabelledData
 from pipelines.use.registry import load_classifier, load_encoder
 from pipelines.verbs_finetune import Finetune
-from tests.labelled import topics, write_lines, write_text_encoder
+from tests.labelled import (
+    pairs,
+    topics,
+    write_image_encoder,
+    write_lines,
+    write_shades,
+    write_text_encoder,
+)
+from tests.pictures import make_picture, make_tar
 
-FEW_STEPS = FinetuneConfig(epochs=1, least_steps=40, evaluations=4, rows_per_step=16)
+FEW_STEPS = FinetuneConfig(
+    epochs=1, least_steps=40, evaluations=4, rows_per_step=16, learning_rate=3e-3
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +56,18 @@ class Finished:
 
 
 def ask(folder: Path, model: Path, data: Path, **changes: Any) -> Finetune:
-    given: dict[str, Any] = {
-        "model": str(model),
-        "data": (str(data),),
-        "labels": "topic",
+    """Return a question; `changes` are of what is read, or of the verb."""
+    read: dict[str, Any] = {"data": (str(data),), "labels": "topic"}
+    verb: dict[str, Any] = {
         "name": "topics",
         "runs": str(folder / "runs"),
         "tracking_uri": f"sqlite:///{folder}/mlflow.db",
         "training": FEW_STEPS,
     }
-    return Finetune(**(given | changes))
+    of_data = {field.name for field in fields(LabelledData)}
+    read |= {name: value for name, value in changes.items() if name in of_data}
+    verb |= {name: value for name, value in changes.items() if name not in of_data}
+    return Finetune(model=str(model), source=LabelledData(**read), **verb)
 
 
 def call(asked: Finetune) -> tuple[dict[str, Any], str]:
@@ -99,7 +114,7 @@ def test_what_is_registered_predicts_as_it_was_judged(finished: Finished) -> Non
         row[i] for i, row in enumerate(figures["confusion"])
     )
     wrong = [text for text, label in zip(lines, told.labels, strict=True) if lines[text] != label]
-    in_test = [t for t in wrong if content_hash(t) < finished.asked.test_ratio * 2**64]
+    in_test = [t for t in wrong if content_hash(t) < finished.asked.source.test_ratio * 2**64]
     assert len(in_test) == num_wrong
 
 
@@ -204,6 +219,83 @@ def test_a_class_that_only_the_test_knows_is_refused(finished: Finished, tmp_pat
 @pytest.mark.parametrize("ratios", [(-0.1, 0.1), (0.5, 0.5)])
 def test_parts_that_leave_nothing_are_refused(ratios: tuple[float, float]) -> None:
     with pytest.raises(UserError, match="together below 1"):
-        Finetune(
-            model="m", data=("d",), labels="l", validation_ratio=ratios[0], test_ratio=ratios[1]
-        )
+        LabelledData(data=("d",), labels="l", validation_ratio=ratios[0], test_ratio=ratios[1])
+
+
+def test_the_command_reads_its_flags_and_says_what_it_did(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = finished.asked
+    flags = {
+        "--labels": "topic",
+        "--name": asked.name,
+        "--runs": asked.runs,
+        "--tracking-uri": asked.tracking_uri,
+        "--training.epochs": "1",
+        "--training.least-steps": "40",
+        "--training.evaluations": "4",
+        "--training.rows-per-step": "16",
+        "--training.learning-rate": "3e-3",
+    }
+    words = [word for flag in flags.items() for word in flag]
+    assert main(["finetune", asked.model, *asked.source.data, *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == finished.account
+
+
+@pytest.mark.slow
+def test_pairs_and_three_workers_go_the_same_way(finished: Finished, tmp_path: Path) -> None:
+    model = Path(finished.asked.model)
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(400))
+    changes = {
+        "labels": "label",
+        "text_pair_field": "second",
+        "training": replace(FEW_STEPS, least_steps=300),
+    }
+    alone = ask(tmp_path, model, data, **changes)
+    account, _ = call(alone)
+    assert account["evaluation"]["test/accuracy"] > 0.9
+    three, _ = call(replace(alone, name="three", workers=3))
+    one, other = (
+        load_file(tmp_path / "runs" / name / "fitted" / "model.safetensors")
+        for name in ("topics", "three")
+    )
+    assert account["best_step"] == three["best_step"]
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], atol=1e-3), name
+    served = open_client(alone.tracking_uri).get_model_version("tiny-label", "1")
+    frame = pytest.importorskip("pandas").DataFrame(
+        {"text": ["anchor the 1", "anchor the 2"], "text_pair": ["anchor", "rose"]}
+    )
+    answers = mlflow.pyfunc.load_model(served.source).predict(frame)
+    assert [answer["label"] for answer in answers] == ["same", "other"]
+
+
+@pytest.mark.slow
+def test_pictures_are_classified_and_broken_ones_left_out(
+    finished: Finished, tmp_path: Path
+) -> None:
+    del finished  # only its Ray
+    model = write_image_encoder(tmp_path / "shapes")
+    folder = tmp_path / "pictures"
+    shades = write_shades(folder / "shades.tar", 120)
+    broken = make_tar([("9.jpeg", make_picture(0)[:-100]), ("9.cls", b"dark")])
+    (folder / "broken.tar").write_bytes(broken)
+    asked = ask(
+        tmp_path,
+        model,
+        folder,
+        labels="cls",
+        training=replace(FEW_STEPS, least_steps=40, learning_rate=1e-2),
+    )
+    account, said = call(asked)
+    assert "1 of 121 pictures cannot be decoded: left out" in said
+    assert account["evaluation"]["test/accuracy"] > 0.9
+    classifier = load_classifier(account["registered"], asked.tracking_uri)
+    told = classifier.predict(list(shades))
+    right = [a == b for a, b in zip(told.labels, shades.values(), strict=True)]
+    assert np.mean(right) > 0.9
+    with pytest.raises(DataError, match="picture 0 of 1"):
+        classifier.predict([b"no picture"])
+    served = open_client(asked.tracking_uri).get_model_version("shapes-cls", "1")
+    answers = mlflow.pyfunc.load_model(served.source).predict({"image": [next(iter(shades))]})
+    assert answers[0]["label"] == told.labels[0]

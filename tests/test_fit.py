@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipelines.data.manifest import content_hash
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError
 from pipelines.training.tracking import read_spool
@@ -23,7 +22,7 @@ from pipelines.use.inputs import PictureInputs, TextInputs, inputs_of
 from pipelines.use.labelled import Example, Labelled, deal, labelled
 from pipelines.use.registry import load_encoder
 from ssl_models.classification import Classification
-from tests.labelled import pairs, topics, write_image_encoder, write_text_encoder
+from tests.labelled import examples_of, pairs, topics, write_image_encoder, write_text_encoder
 from tests.pictures import make_picture
 
 CPU = torch.device("cpu")
@@ -41,17 +40,6 @@ def group(tmp_path: Path, one_thread: None) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def examples_of(lines: list[dict[str, Any]], label: str, second: str = "") -> list[Example]:
-    return [
-        Example(
-            (line["text"], line[second]) if second else line["text"],
-            content_hash(line["text"]),
-            line[label],
-        )
-        for line in lines
-    ]
 
 
 def dealt(examples: list[Example]) -> Labelled:
@@ -98,10 +86,10 @@ def test_the_same_task_gives_the_same_bytes(encoder: Encoder, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("group")
 def test_pairs_learn_a_rule_that_needs_both(encoder: Encoder, tmp_path: Path) -> None:
-    data = dealt(examples_of(pairs(600), "label", "second"))
-    task = task_of(encoder, data, least_steps=400, learning_rate=3e-3, patience=20)
+    data = dealt(examples_of(pairs(400), "label", "second"))
+    task = task_of(encoder, data, least_steps=200, learning_rate=5e-3, patience=20)
     assert fit(task, CPU, tmp_path / "both").accuracy > 0.9
-    alone = dealt(examples_of(pairs(600), "label"))
+    alone = dealt(examples_of(pairs(400), "label"))
     first = task_of(encoder, alone, least_steps=100, patience=20)
     assert fit(first, CPU, tmp_path / "first").accuracy < 0.75
 

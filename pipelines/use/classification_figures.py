@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,8 +143,8 @@ def figures(
     )
 
 
-def accuracy_interval(right: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of `right`, each 0 or 1, when examples are drawn anew.
+def accuracy_interval(right: NDArray[Any]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of `right`, when examples are drawn anew.
 
     Of more than `GROUPS` examples, groups of them are drawn.
     """

@@ -12,7 +12,6 @@ What a run has finished is not made twice; a training that was killed begins ane
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,20 +28,16 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.cluster import cluster, unwrap
 from pipelines.console import Progress, say
-from pipelines.data.gate import check
-from pipelines.data.shards import SourceConfig
 from pipelines.errors import TrainingError, UserError
 from pipelines.pretrain import REGISTRY_TIMEOUT_SECONDS, git_commit, root_cause, watched
-from pipelines.run import index
 from pipelines.storage import held, write_file, write_folder, write_json
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker
 from pipelines.use.bundle import write_bundle
 from pipelines.use.classification_figures import ClassificationFigures, figures
 from pipelines.use.classifier import probabilities
-from pipelines.use.encoder import Encoder
 from pipelines.use.fit import FitTask, Fitted, fit
 from pipelines.use.inputs import inputs_of
-from pipelines.use.labelled import Example, Fields, Labelled, deal, labelled, read_examples
+from pipelines.use.labelled import read
 from pipelines.use.registry import CLASSES, open_model, register
 from ssl_models.classification import Classification, ClassificationConfig
 
@@ -73,7 +68,7 @@ def finetune(asked: "Finetune") -> dict[str, Any]:
     busy = f"run {asked.name!r} is being made by another process; wait, or choose another --name"
     with held(run_dir, busy), cluster(asked.address, asked.workers, verbose=asked.verbose):
         model, sha256, encoder = open_model(asked.model, asked.tracking_uri)
-        data, fingerprints = read(asked, encoder)
+        data, fingerprints = read(asked.source, encoder, Path(asked.runs))
         task = FitTask(config=asked.training, encoder=encoder, labelled=data)
         origin = Origin(model=model, sha256=sha256, fingerprints=fingerprints)
         key = _begin(asked, origin, run_dir)
@@ -101,42 +96,6 @@ def finetune(asked: "Finetune") -> dict[str, Any]:
     return made
 
 
-def read(asked: Any, encoder: Encoder) -> tuple[Labelled, tuple[str, ...]]:
-    """Return the examples of `asked`, dealt into parts, and the fingerprints of their data.
-
-    Raises:
-        UserError: If there is no label to learn, or the data is not what the encoder is for.
-        DataError: If records lack labels, a class has no training example, or the data is broken.
-    """
-    fields = Fields(label=asked.labels, text_pair=asked.text_pair_field)
-    source = SourceConfig(text_field=asked.text_field, heldout_ratio=0.0)
-    fingerprints = []
-
-    def examples(patterns: Sequence[str], part: str) -> list[Example]:
-        cache = Path(asked.runs) / ".index" / f"finetune-{part}.json"
-        manifest = index(patterns, source, cache)
-        check(manifest)
-        form = "images" if manifest.shards[0].form == "tar" else "text"
-        if form != encoder.modality:
-            raise UserError(f"{patterns[0]} holds {form}, the model is one of {encoder.modality}")
-        if form == "images" and fields.text_pair:
-            raise UserError("--text-pair-field is for text: leave it out")
-        fingerprints.append(manifest.fingerprint)
-        return read_examples(manifest, fields)
-
-    given = [examples(asked.data, "training")]
-    given += [examples(asked.validation, "validation")] if asked.validation else []
-    given += [examples(asked.test, "test")] if asked.test else []
-    validation_ratio = 0.0 if asked.validation else asked.validation_ratio
-    test_ratio = 0.0 if asked.test else asked.test_ratio
-    training, validation, test = deal(given[0], validation_ratio, test_ratio)
-    if asked.validation:
-        validation = given[1]
-    if asked.test:
-        test = given[-1]
-    return labelled(training, validation, test), tuple(fingerprints)
-
-
 def judge(task: FitTask, objective: Classification) -> ClassificationFigures:
     """Return the figures of a trained classifier on the test examples."""
     inputs, test = inputs_of(task.encoder), task.labelled.test
@@ -162,11 +121,10 @@ def _begin(asked: "Finetune", origin: Origin, run_dir: Path) -> str:
         UserError: If the run was made of something else.
     """
     question = {
-        "labels": asked.labels,
-        "text_field": asked.text_field,
-        "text_pair_field": asked.text_pair_field,
-        "validation_ratio": asked.validation_ratio,
-        "test_ratio": asked.test_ratio,
+        "labels": asked.source.labels,
+        "text_field": asked.source.text_field,
+        "text_pair_field": asked.source.text_pair_field,
+        "ratios": list(asked.source.ratios),
         "register": register_name(asked, origin.model),
         "training": asdict(asked.training),
         "origin": json.loads(json.dumps(asdict(origin))),
@@ -190,14 +148,13 @@ def register_name(asked: "Finetune", model: str) -> str:
         return asked.register
     path = Path(model.rpartition("/")[0] if model.startswith("models:/") else model)
     name = path.parent.name if path.name == "bundle" else path.name
-    return f"{name}-{asked.labels}"
+    return f"{name}-{asked.source.labels}"
 
 
 def _params(asked: "Finetune") -> dict[str, str]:
-    names = ("model", "data", "labels", "text_pair_field", "validation", "test", "workers")
-    return {name: str(getattr(asked, name)) for name in names} | {
-        f"training.{name}": str(value) for name, value in asdict(asked.training).items()
-    }
+    told = {"model": asked.model, "workers": asked.workers, **asdict(asked.source)}
+    told |= {f"training.{name}": value for name, value in asdict(asked.training).items()}
+    return {name: str(value) for name, value in told.items()}
 
 
 def _train(task: FitTask, asked: "Finetune", run_dir: Path) -> Fitted:
@@ -302,15 +259,15 @@ def _write_bundle(
         "encoder_sha256": origin.sha256,
         "fingerprint": origin.fingerprints[0],
         "fingerprints": list(origin.fingerprints),
-        "labels": asked.labels,
+        "labels": asked.source.labels,
         "seed": asked.training.seed,
         "steps": fitted.step,
         "mlflow_run": place.tracker.run_id,
         "git_commit": git_commit(),
     }
     card = (
-        f"# {register_name(asked, origin.model)}\n\nTells {asked.labels!r} of its input, one of "
-        f"{len(found.classes)} classes: {origin.model} fine-tuned by rayssl.\n\n"
+        f"# {register_name(asked, origin.model)}\n\nTells {asked.source.labels!r} of its input, "
+        f"one of {len(found.classes)} classes: {origin.model} fine-tuned by rayssl.\n\n"
         f"## Data\n\n{task.labelled.line()}; fingerprint {origin.fingerprints[0]}\n\n"
         f"## Test figures\n\n{found.lines()[0]}\n\n```\n{found.lines()[1]}\n```\n\n"
         f"## Limits\n\nKnows no other classes; its probabilities were not calibrated.\n"
@@ -320,7 +277,7 @@ def _write_bundle(
         config={
             "objective": objective,
             CLASSES: list(task.labelled.classes),
-            "pairs": bool(asked.text_pair_field),
+            "pairs": bool(asked.source.text_pair_field),
             **rows,
         },
         state=fitted.weights,

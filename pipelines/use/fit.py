@@ -31,8 +31,10 @@ from pipelines.use.labelled import Labelled
 from ssl_models.classification import Classification, ClassificationConfig
 from ssl_models.optim import FlatGradients, OptimizerConfig, build_optimizer
 
-WIDTH_TIMES_RATE = 0.06
-"""Learning rates that suit an encoder fall with its width."""
+PICTURE_RATE = 5e-4
+NARROW_TEXT_RATE, TEXT_RATE_TIMES_AREA = 1e-3, 20.0
+"""Peaks of the learning rate: BERT-base takes 2e-5 to 5e-5 (Devlin et al. 2018, appendix A.3), and
+narrow encoders much more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class FitTask:
     def schedule(self) -> FitSchedule:
         """The steps, and what they are made with."""
         config = self.config
-        rate = config.learning_rate or WIDTH_TIMES_RATE / self.objective.feature_size
+        rate = config.learning_rate or self._usual_rate
         return FitSchedule(
             seed=config.seed,
             steps=config.steps(len(self.labelled.training)),
@@ -80,6 +82,12 @@ class FitTask:
                 weight_decay=config.weight_decay,
             ),
         )
+
+    @property
+    def _usual_rate(self) -> float:
+        if not self.encoder.pieces:
+            return PICTURE_RATE
+        return min(NARROW_TEXT_RATE, TEXT_RATE_TIMES_AREA / self.objective.feature_size**2)
 
     def build(self) -> Classification:
         """Return the classifier with the weights that it starts with, the same on every rank."""

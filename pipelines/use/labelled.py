@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -17,9 +18,13 @@ from pipelines.cluster import parallel_map
 from pipelines.console import say
 from pipelines.data.decode import decode
 from pipelines.data.fields import field_values
+from pipelines.data.gate import check
 from pipelines.data.manifest import Manifest, Picture
-from pipelines.data.shards import Rejected
+from pipelines.data.shards import Rejected, SourceConfig
 from pipelines.errors import DataError, UserError
+from pipelines.run import index
+from pipelines.use.encoder import Encoder
+from pipelines.use.finetune_config import LabelledData
 from pipelines.use.inputs import Item
 
 PARTS = ("training", "validation", "test")
@@ -62,6 +67,35 @@ class Labelled:
         """Return the sizes in words."""
         sizes = ", ".join(f"{len(getattr(self, part))} {part}" for part in PARTS)
         return f"{sizes} examples of {len(self.classes)} classes"
+
+
+def read(source: LabelledData, encoder: Encoder, runs: Path) -> tuple[Labelled, tuple[str, ...]]:
+    """Return the examples of a source, and the fingerprints of its data; needs Ray.
+
+    Raises:
+        UserError: If there is no label to learn, or the data is not what the encoder is for.
+        DataError: If records lack labels, a class has no training example, or the data is broken.
+    """
+    fields = Fields(label=source.labels, text_pair=source.text_pair_field)
+    reading = SourceConfig(text_field=source.text_field, heldout_ratio=0.0)
+    parts: dict[str, list[Example]] = {}
+    fingerprints = []
+    patterns = {"data": source.data, "validation": source.validation, "test": source.test}
+    for part, given in patterns.items():
+        if part != "data" and not given:
+            continue
+        manifest = index(given, reading, runs / ".index" / f"finetune-{part}.json")
+        check(manifest)
+        holds = "images" if manifest.shards[0].form == "tar" else "text"
+        if holds != encoder.modality:
+            raise UserError(f"{given[0]} holds {holds}, the model is one of {encoder.modality}")
+        if holds == "images" and fields.text_pair:
+            raise UserError("--text-pair-field is for text: leave it out")
+        fingerprints.append(manifest.fingerprint)
+        parts[part] = read_examples(manifest, fields)
+    training, validation, test = deal(parts["data"], *source.ratios)
+    made = labelled(training, parts.get("validation", validation), parts.get("test", test))
+    return made, tuple(fingerprints)
 
 
 def read_examples(manifest: Manifest, fields: Fields) -> list[Example]:
