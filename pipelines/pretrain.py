@@ -185,19 +185,25 @@ def hand_over(
             lineage=lineage,
             card=_card(run, figures),
         )
+    tags = {RUN_KEY_TAG: run.key, "rayssl.fingerprint": run.manifest.fingerprint}
+    return register_bundle(folder, run.config.tracking_uri, run_id, run.config.register, tags)
+
+
+def register_bundle(
+    folder: Path, tracking_uri: str, run_id: str, name: str, tags: dict[str, str]
+) -> Registered:
+    """Register a bundle once.
+
+    Raises:
+        TrackingError: If MLflow does not, for now.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        return register(
-            folder,
-            tracking_uri=run.config.tracking_uri,
-            run_id=run_id,
-            name=run.config.register,
-            tags={RUN_KEY_TAG: run.key, "rayssl.fingerprint": run.manifest.fingerprint},
-        )
+        return register(folder, tracking_uri=tracking_uri, run_id=run_id, name=name, tags=tags)
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow at {run.config.tracking_uri} did not register {folder} ({error!s:.120}); "
+            f"MLflow at {tracking_uri} did not register {folder} ({error!s:.120}); "
             "the bundle is whole: the same command registers it later"
         ) from error
 

@@ -21,11 +21,13 @@ from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
 from pipelines.training.mlflow_client import open_client
 from pipelines.use.bundle import manifest_sha256
+from pipelines.use.evaluate import evaluate_encoder
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.finetune import finetune
 from pipelines.use.finetune_config import FinetuneConfig, LabelledData
 from pipelines.use.registry import load_classifier, load_encoder
 from pipelines.verbs_finetune import Finetune
+from tests.corpus import build_manifest
 from tests.labelled import (
     pairs,
     topics,
@@ -162,6 +164,8 @@ def test_a_classifier_embeds_too_but_fills_no_masks(finished: Finished) -> None:
     assert encoder.encode(["The sailor returns."]).shape == (1, 32)
     with pytest.raises(UserError, match="without a head for masked tokens"):
         fill_mask(encoder, "The [MASK] sails.", 1)
+    with pytest.raises(UserError, match="the model is a classifier"):
+        evaluate_encoder(encoder, build_manifest([Path(finished.asked.source.data[0])]))
 
 
 def test_an_encoder_has_no_classes(finished: Finished) -> None:

@@ -21,7 +21,7 @@ from pipelines.data.manifest import Document, Manifest, Split
 from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UserError
 from pipelines.run import Run
 from pipelines.use.baselines import Counts, bootstrap, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
@@ -139,9 +139,11 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
 
     Raises:
         BundleError: If the bundle does not tell how its rows were made.
-        UserError: If the encoder is not one of text.
+        UserError: If the encoder is not one of text, or was fine-tuned.
     """
     vocabulary = encoder.vocabulary
+    if not isinstance(encoder.objective, MaskedLanguage):
+        raise UserError("the model is a classifier: its figures stand in its model card")
     try:
         config = TypeAdapter(TextConfig).validate_python(encoder.config.get("text"), extra="forbid")
     except ValidationError as error:

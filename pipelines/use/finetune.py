@@ -29,7 +29,13 @@ from safetensors.torch import load_file, save_file
 from pipelines.cluster import cluster, unwrap
 from pipelines.console import Progress, say
 from pipelines.errors import TrainingError, UserError
-from pipelines.pretrain import REGISTRY_TIMEOUT_SECONDS, git_commit, root_cause, watched
+from pipelines.pretrain import (
+    REGISTRY_TIMEOUT_SECONDS,
+    git_commit,
+    register_bundle,
+    root_cause,
+    watched,
+)
 from pipelines.storage import held, write_file, write_folder, write_json
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker
 from pipelines.use.bundle import write_bundle
@@ -38,7 +44,7 @@ from pipelines.use.classifier import probabilities
 from pipelines.use.fit import FitTask, Fitted, fit
 from pipelines.use.inputs import inputs_of
 from pipelines.use.labelled import read
-from pipelines.use.registry import CLASSES, open_model, register
+from pipelines.use.registry import CLASSES, open_model
 from ssl_models.classification import Classification, ClassificationConfig
 
 if TYPE_CHECKING:
@@ -218,17 +224,13 @@ def _finish(task: FitTask, fitted: Fitted, place: _Place) -> dict[str, Any]:
     run_id = tracker.wait_for_run_id(REGISTRY_TIMEOUT_SECONDS)
     if not (run_dir / "bundle").exists():
         _write_bundle(task, fitted, found, place)
-    registered = register(
-        run_dir / "bundle",
-        tracking_uri=asked.tracking_uri,
-        run_id=run_id,
-        name=register_name(asked, origin.model),
-        tags={
-            RUN_KEY_TAG: place.key,
-            "rayssl.fingerprint": origin.fingerprints[0],
-            "rayssl.encoder": origin.model,
-        },
-    )
+    name = register_name(asked, origin.model)
+    tags = {
+        RUN_KEY_TAG: place.key,
+        "rayssl.fingerprint": origin.fingerprints[0],
+        "rayssl.encoder": origin.model,
+    }
+    registered = register_bundle(run_dir / "bundle", asked.tracking_uri, run_id, name, tags)
     account = {
         "run": asked.name,
         "steps": fitted.steps_made,

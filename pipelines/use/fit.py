@@ -94,9 +94,9 @@ class FitTask:
         torch.manual_seed(key(self.config.seed, "classifier") >> 1)
         made = Classification(self.objective)
         if not self.from_scratch:
-            given = self.encoder.state
-            made.encoder.load_state_dict(
-                {name: given[f"encoder.{name}"] for name in made.encoder.state_dict()}
+            drawn, given = made.encoder.state_dict(), self.encoder.state
+            made.encoder.load_state_dict(  # some BERTs come without a pooler, which nothing asks
+                {name: given.get(f"encoder.{name}", drawn[name]) for name in drawn}
             )
         return made
 
