@@ -17,6 +17,8 @@
     use/evaluate.py         held-out documents -> figures beside what they have to beat
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
     use/embed.py            documents -> Parquet files with ids, each written once
+    use/finetune.py         encoder and labels -> a registered classifier; labelled.py, fit.py
+    use/label_table.py      whether pretraining pays where labels are few
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py
     use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from pipelines.cluster import parallel_map
+from pipelines.console import say
 from pipelines.data.randomness import draws, key
 from pipelines.tables import table
 from pipelines.use.classification_figures import accuracy_interval
@@ -114,6 +115,7 @@ def label_table(task: FitTask, fractions: Sequence[float], seeds: int) -> list[R
         for contestant, settings in SETTINGS.items()
         for setting in settings
     ]
+    say(f"{len(tried)} trainings to choose settings by")
     first = dict(zip(tried, parallel_map(run, tried), strict=True))
     chosen: dict[tuple[float, Contestant], Trial] = {}
     for trial in tried:  # of equals the first
@@ -121,6 +123,7 @@ def label_table(task: FitTask, fractions: Sequence[float], seeds: int) -> list[R
         if place not in chosen or first[trial].validation > first[chosen[place]].validation:
             chosen[place] = trial
     others = [trial._replace(seed=seed) for trial in chosen.values() for seed in range(1, seeds)]
+    say(f"{len(others)} trainings with other seeds")
     rest = dict(zip(others, parallel_map(run, others), strict=True))
     rights: dict[tuple[float, Contestant], list[NDArray[np.int64]]] = defaultdict(list)
     for place, trial in chosen.items():
