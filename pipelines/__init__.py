@@ -21,6 +21,8 @@
     use/embed.py            documents or pictures -> Parquet files with ids, each written once
     use/duplicates.py       embeddings -> pairs that are alike, groups, a sheet of the pictures
     use/nearest.py          embeddings and a query -> the nearest; neighbours.py searches for both
+    use/finetune.py         encoder and labels -> a registered classifier; labelled.py, fit.py
+    use/label_table.py      whether pretraining pays where labels are few
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py
     use/compare_models.py   candidate and champion -> scores on the same held-out items
     use/promotion.py        scores -> intervals (comparison.py) -> `champion` moves, or stays

@@ -14,6 +14,7 @@ import tyro
 
 from pipelines.errors import INTERRUPTED, UserError, nearest
 from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs_finetune import Finetune, LabelTable
 from pipelines.verbs_registry import Models, Promote, Rollback
 from pipelines.verbs_search import Duplicates, Nearest
 
@@ -30,6 +31,8 @@ VERBS: dict[str, Any] = {
     "embed": Embed,
     "duplicates": Duplicates,
     "nearest": Nearest,
+    "finetune": Finetune,
+    "label-table": LabelTable,
     "fill-mask": FillMask,
     "export": Export,
     "verify": Verify,
@@ -59,6 +62,8 @@ HELP = """usage: rayssl VERB [flags] [--json]
   embed      embed the documents of raw shards into Parquet files with ids
   duplicates find near-duplicates by embeddings, and what to drop
   nearest    show which items of an index are most like a text or a picture
+  finetune   fine-tune an encoder on labels, measure and register it
+  label-table  compare it with the same net from scratch and a linear model
   fill-mask  show what an encoder puts in the place of [MASK]
   export     write an encoder as transformers loads it
   verify     make every batch of a run anew and compare it with what was consumed

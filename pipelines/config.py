@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Discriminator, TypeAdapter, ValidationError
 
@@ -24,6 +24,34 @@ from ssl_models.optim import OptimizerConfig
 
 MODEL_NAME = re.compile(r"[\w.\- ]+")
 """Of a registered model, so that models:/NAME@ALIAS can be told apart."""
+
+
+class Schedule(Protocol):
+    """What a step knows of its run."""
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+
+    @property
+    def order(self) -> OrderConfig:
+        """The rows of a step and their slots."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """What the step is made with."""
+
+    @property
+    def log_every(self) -> int:
+        """Steps between logged metrics."""
+
+    @property
+    def stop_on_collapse(self) -> int:
+        """Logged steps of a collapse that end it, 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.config import RunConfig
+from pipelines.config import Schedule
 from pipelines.training.checkpoint import Attempt, CommitLog
 from pipelines.training.tracking import SpoolRecord, read_spool
 from ssl_models.objective import DIAGNOSIS
@@ -20,7 +20,7 @@ def say(line: str) -> None:
 class Progress:
     """Follows the spool and the attempts of a run, and prints what is new."""
 
-    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+    def __init__(self, run_dir: Path, config: Schedule) -> None:
         self._log = CommitLog(run_dir)
         self._spool = run_dir / "spool"
         self._config = config

@@ -9,9 +9,10 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -191,19 +192,25 @@ def hand_over(
             lineage=lineage,
             card=model_card(run, figures or [NOT_EVALUATED], lineage),
         )
+    tags = _version_tags(run, lineage)
+    return register_bundle(folder, run.config.tracking_uri, run_id, run.config.register, tags)
+
+
+def register_bundle(
+    folder: Path, tracking_uri: str, run_id: str, name: str, tags: dict[str, str]
+) -> Registered:
+    """Register a bundle once.
+
+    Raises:
+        TrackingError: If MLflow does not, for now.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        return register(
-            folder,
-            tracking_uri=run.config.tracking_uri,
-            run_id=run_id,
-            name=run.config.register,
-            tags=_version_tags(run, lineage),
-        )
+        return register(folder, tracking_uri=tracking_uri, run_id=run_id, name=name, tags=tags)
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow at {run.config.tracking_uri} did not register {folder} ({error!s:.120}); "
+            f"MLflow at {tracking_uri} did not register {folder} ({error!s:.120}); "
             "the bundle is whole: the same command registers it later"
         ) from error
 
@@ -272,13 +279,7 @@ def _attempt(run: Run, worker: Any) -> str | None:
     Raises:
         UserError: The one that a worker raised, but for an outage.
     """
-    progress = Progress(run.dir, run.config)
-    done = _in_thread(lambda: _fit(run, worker))
-    while not done.done():
-        progress.update()
-        time.sleep(0.5)
-    progress.close()
-    error = done.exception()
+    error = watched(Progress(run.dir, run.config), lambda: _fit(run, worker))
     if error is None:
         return None
     found = unwrap(error)
@@ -286,7 +287,17 @@ def _attempt(run: Run, worker: Any) -> str | None:
         raise found from error
     if run.config.verbose:
         traceback.print_exception(error)
-    return str(found) if isinstance(found, OutageError) else _root_cause(error)
+    return str(found) if isinstance(found, OutageError) else root_cause(error)
+
+
+def watched(progress: Progress, function: Callable[[], object]) -> BaseException | None:
+    """Show how a function gets on that trains, and return what it raised, if it did."""
+    done = _in_thread(function)
+    while not done.done():
+        progress.update()
+        time.sleep(0.5)
+    progress.close()
+    return done.exception()
 
 
 def _fit(run: Run, worker: Any) -> None:
@@ -313,9 +324,9 @@ def _fit(run: Run, worker: Any) -> None:
     trainer.fit()
 
 
-def _in_thread(function: Any) -> Future[None]:
+def _in_thread(function: Callable[[], object]) -> Future[object]:
     """Run a function beside the main thread, which stays free for signals and the live line."""
-    future: Future[None] = Future()
+    future: Future[object] = Future()
 
     def target() -> None:
         try:
@@ -327,7 +338,8 @@ def _in_thread(function: Any) -> Future[None]:
     return future
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
+    """Return the innermost of the errors that one of Ray's tells of, in a line."""
     innermost = error
     while found := causes(innermost):
         innermost = found[0]

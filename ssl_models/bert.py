@@ -110,6 +110,13 @@ class BertEncoder(nn.Module):
         return normed_BLD
 
 
+def mean_of_tokens(hidden_BLD: Tensor, attention_mask_BL: Tensor) -> Tensor:
+    """Return the mean of the hidden states over real tokens, float32 (B, D); 0 where are none."""
+    is_real_BL1 = attention_mask_BL[:, :, None]
+    sum_BD: Tensor = (hidden_BLD.float() * is_real_BL1).sum(dim=1)
+    return sum_BD / is_real_BL1.sum(dim=1).clamp(min=1)
+
+
 def initialize(model: nn.Module, deviation: float) -> None:
     """Draw the weights of all linear and embedding layers anew; biases become 0.
 

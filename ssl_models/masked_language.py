@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_models.bert import BertConfig, BertEncoder, initialize
+from ssl_models.bert import BertConfig, BertEncoder, initialize, mean_of_tokens
 from ssl_models.objective import Batch, Objective, StepOutput
 from ssl_models.transformer import LAYER_NORM_EPSILON
 
@@ -142,9 +142,7 @@ class MaskedLanguage(Objective):
         A row without real tokens gives zeros.
         """
         hidden_BLD, _ = self.encoder(batch)
-        is_real_BL1 = batch["attention_mask"][:, :, None]
-        sum_BD: Tensor = (hidden_BLD.float() * is_real_BL1).sum(dim=1)
-        return sum_BD / is_real_BL1.sum(dim=1).clamp(min=1)
+        return mean_of_tokens(hidden_BLD, batch["attention_mask"])
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the vocabulary logits (B, P, V) at `masked_positions`."""

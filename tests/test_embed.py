@@ -336,7 +336,7 @@ def test_a_long_text_counts_as_far_as_the_encoder_reads(bundle: Path) -> None:
         "",
     ]
     whole = [ids[:limit].tolist() for ids in encoder.vocabulary.encode(texts)]
-    assert [ids.tolist() for ids in encoder._first_ids(texts, limit)] == whole
+    assert [ids.tolist() for ids in encoder.first_ids(texts, limit)] == whole
 
     cut = ["the captain " * 15, "the tide"]
     np.testing.assert_allclose(

@@ -17,7 +17,7 @@ from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.data.indexing import build
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import UserError
-from pipelines.pretrain import _root_cause, pretrain
+from pipelines.pretrain import pretrain, root_cause
 from pipelines.recipes import recipe
 from pipelines.run import load_run
 from pipelines.training.mlflow_client import open_client
@@ -251,8 +251,8 @@ def test_final_figures_are_logged_once_however_often_it_is_called(finished: Fini
 
 
 def test_an_error_without_a_message_is_told_by_its_name() -> None:
-    assert _root_cause(AssertionError()) == "AssertionError"
-    assert _root_cause(OSError("first\nlast\n")) == "OSError: last"
+    assert root_cause(AssertionError()) == "AssertionError"
+    assert root_cause(OSError("first\nlast\n")) == "OSError: last"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, Schedule
 from pipelines.data.batches import (
     ArrayBatch,
     Edge,
@@ -52,7 +52,7 @@ class Job:
 class Learner:
     """What a worker trains, and with what."""
 
-    config: RunConfig
+    config: Schedule
     device: torch.device
     objective: Objective
     optimizer: torch.optim.Optimizer

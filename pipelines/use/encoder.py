@@ -17,6 +17,7 @@ from pipelines.data.shards import Rejected
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
 from ssl_models.autoencoder import Autoencoder
+from ssl_models.classification import Classification
 from ssl_models.contrastive import Contrastive
 from ssl_models.objective import Batch, Objective
 
@@ -52,6 +53,8 @@ class Encoder:
         """Width of an embedding."""
         if self.pieces:
             return int(self.config["objective"]["encoder"]["hidden_size"])
+        if isinstance(self.objective, Classification):
+            return self.objective.config.feature_size
         assert isinstance(self.objective, Contrastive | Autoencoder)
         return self.objective.config.encoder.feature_size
 
@@ -65,6 +68,12 @@ class Encoder:
         if self.pieces is None:
             raise UserError("the model is an encoder of images: this is for text")
         return self.pieces
+
+    @property
+    def image_rows(self) -> ImageRows:
+        """What makes the pixels of an encoder of images."""
+        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
+        return ImageRows(config)
 
     @property
     def max_tokens(self) -> int:
@@ -118,18 +127,17 @@ class Encoder:
             for alike in _parts(by_length):
                 yield alike, [rows[i] for i in alike]
             return
-        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
-        maker = ImageRows(config)
+        maker = self.image_rows
         for places in _parts(range(len(items))):  # of pixels only those of a batch are held
             yield places, [maker.plain(items[i]) for i in places]
 
     def _text_rows(self, texts: Sequence[Any]) -> list[list[int]]:
         return [
             [self.vocabulary.cls, *ids.tolist(), self.vocabulary.sep]
-            for ids in self._first_ids(texts, self.max_tokens - 2)
+            for ids in self.first_ids(texts, self.max_tokens - 2)
         ]
 
-    def _first_ids(self, texts: Sequence[str], limit: int) -> list[NDArray[Any]]:
+    def first_ids(self, texts: Sequence[str], limit: int) -> list[NDArray[Any]]:
         """Return the first `limit` ids of each text, without tokenising all of a long one.
 
         What stands before a space is tokenised the same, whatever follows it.

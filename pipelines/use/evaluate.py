@@ -19,7 +19,7 @@ from pipelines.data.manifest import Document, Manifest
 from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UserError
 from pipelines.run import Run
 from pipelines.use.baselines import Counts, Floats, bootstrap, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
@@ -137,7 +137,7 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
 
     Raises:
         BundleError: If the bundle does not tell how its rows were made.
-        UserError: If the encoder is not one of text.
+        UserError: If the encoder is not one of text, or is a classifier.
     """
     held = Held(data, "training", MAX_DOCUMENTS)
     maker = TextRows(text_config(encoder), encoder.vocabulary)
@@ -151,9 +151,11 @@ def text_config(encoder: Encoder) -> TextConfig:
 
     Raises:
         BundleError: If the bundle does not tell.
-        UserError: If the encoder is not one of text.
+        UserError: If the encoder is not one of text, or is a classifier.
     """
     _ = encoder.vocabulary
+    if not isinstance(encoder.objective, MaskedLanguage):
+        raise UserError("the model is a classifier: its figures stand in its model card")
     try:
         return TypeAdapter(TextConfig).validate_python(encoder.config.get("text"), extra="forbid")
     except ValidationError as error:

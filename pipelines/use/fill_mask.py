@@ -28,9 +28,9 @@ def fill_mask(encoder: Encoder, text: str, top: int) -> list[list[Guess]]:
     if top < 1:
         raise UserError(f"top must be at least 1, got {top}")
     objective, vocabulary = encoder.objective, encoder.vocabulary
-    if any(name.startswith("mlm_head.") for name in encoder.fresh):
+    has_none = any(name.startswith("mlm_head.") for name in encoder.fresh)
+    if has_none or not isinstance(objective, MaskedLanguage):
         raise UserError("the model came without a head for masked tokens: it cannot fill any")
-    assert isinstance(objective, MaskedLanguage)
     first, *others = (ids.tolist() for ids in vocabulary.encode(text.split(MASK)))
     if not others:
         raise UserError(f"no {MASK} in {text!r}: put one where a word is to be guessed")

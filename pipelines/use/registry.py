@@ -28,9 +28,10 @@ from pipelines.errors import nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import ADVICE, FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
+from pipelines.use.classifier import Classifier, ServedClassifier
 from pipelines.use.encoder import Encoder
 from pipelines.use.hf_layout import hf_sha256, is_hf_layout, read_hf_layout
-from ssl_models import ObjectiveConfig, build_objective
+from ssl_models import ModelConfig, build_objective
 
 MANIFEST_TAG = "rayssl.manifest_sha256"
 RECIPE_TAG = "rayssl.recipe"
@@ -49,6 +50,9 @@ EXAMPLES: dict[str, tuple[str, str, Any]] = {
 }
 """Type and name of the input column, and an input."""
 
+CLASSES = "classes"
+"""The key in the config of a bundle that only a classifier has."""
+
 MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
 
 
@@ -63,6 +67,15 @@ class Registered(NamedTuple):
 def load_encoder(uri: str, tracking_uri: str = "sqlite:///mlflow.db") -> Encoder:
     """Return the encoder of `open_model`."""
     return open_model(uri, tracking_uri)[2]
+
+
+def load_classifier(uri: str, tracking_uri: str = "sqlite:///mlflow.db") -> Classifier:
+    """Return the classifier of `open_model`.
+
+    Raises:
+        UserError: If it is an encoder without classes.
+    """
+    return Classifier(load_encoder(uri, tracking_uri))
 
 
 def open_model(uri: str, tracking_uri: str) -> tuple[str, str, Encoder]:
@@ -106,9 +119,7 @@ def _build(
     *,
     is_whole: bool,
 ) -> Encoder:
-    adapter: TypeAdapter[ObjectiveConfig] = TypeAdapter(
-        Annotated[ObjectiveConfig, Discriminator("kind")]
-    )
+    adapter: TypeAdapter[ModelConfig] = TypeAdapter(Annotated[ModelConfig, Discriminator("kind")])
     try:
         objective_config = adapter.validate_python(config.get("objective"), extra="forbid")
         with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
@@ -274,13 +285,17 @@ def _register_anew(
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
 
     experiment_id = client.get_run(run_id).info.experiment_id
+    encoder = load_encoder(str(bundle_dir))
+    kind = "classifier" if CLASSES in encoder.config else "encoder"
     logged = client.create_logged_model(
-        experiment_id, name=name, source_run_id=run_id, tags=tags, model_type="encoder"
+        experiment_id, name=name, source_run_id=run_id, tags=tags, model_type=kind
     )
     with tempfile.TemporaryDirectory() as folder:
-        _save_model(Path(folder, "model"), bundle_dir, logged, run_id)
+        model = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+        _save_model(Path(folder, "model"), bundle_dir, encoder, model)
         client.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -305,15 +320,21 @@ def _register_anew(
     return int(version.version)
 
 
-def _save_model(path: Path, bundle_dir: Path, logged: Any, run_id: str) -> None:
+def _save_model(path: Path, bundle_dir: Path, encoder: Encoder, model: Any) -> None:
     """Write the MLflow model directory around a copy of the bundle."""
     import mlflow.pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import Array
 
-    encoder = load_encoder(str(bundle_dir))
     kind, column, example = EXAMPLES[encoder.modality]
-    model = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+    columns = [column, "text_pair"] if encoder.config.get("pairs") else [column]
+    outputs = [TensorSpec(np.dtype(np.float32), (-1, encoder.dimension))]
+    if CLASSES in encoder.config:
+        outputs = [
+            ColSpec(DataType.string, "label"),
+            ColSpec(Array(DataType.double), "probabilities"),
+        ]
     model.add_flavor(FLAVOR, format_version=FORMAT_VERSION, bundle=BUNDLE_FOLDER)
     requirements = sorted(REQUIREMENTS + READERS[encoder.modality])
     mlflow.pyfunc.save_model(
@@ -321,10 +342,9 @@ def _save_model(path: Path, bundle_dir: Path, logged: Any, run_id: str) -> None:
         loader_module=LOADER_MODULE,
         mlflow_model=model,
         signature=ModelSignature(
-            inputs=Schema([ColSpec(kind, column)]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, encoder.dimension))]),
+            inputs=Schema([ColSpec(kind, name) for name in columns]), outputs=Schema(outputs)
         ),
-        input_example={column: [example]},
+        input_example={name: [example] for name in columns},
         pip_requirements=[_pin(requirement) for requirement in requirements],
     )
     shutil.copytree(bundle_dir, path / BUNDLE_FOLDER)
@@ -348,6 +368,9 @@ class _PyfuncEncoder:
         return self._encoder.encode(list(data[column] if hasattr(data, "columns") else data))
 
 
-def _load_pyfunc(path: str) -> _PyfuncEncoder:
+def _load_pyfunc(path: str) -> _PyfuncEncoder | ServedClassifier:
     """Load for `mlflow.pyfunc.load_model`, which cannot compare with the version's tag."""
-    return _PyfuncEncoder(load_encoder(str(Path(path, BUNDLE_FOLDER))))
+    encoder = load_encoder(str(Path(path, BUNDLE_FOLDER)))
+    if CLASSES in encoder.config:
+        return ServedClassifier(Classifier(encoder))
+    return _PyfuncEncoder(encoder)

@@ -1,0 +1,305 @@
+"""Fine-tuning end to end: labelled shards to a registered classifier that predicts."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines.cli import main
+from pipelines.data.manifest import content_hash
+from pipelines.data.vocabulary import Vocabulary
+from pipelines.errors import DataError, UserError
+from pipelines.training.mlflow_client import open_client
+from pipelines.use.bundle import manifest_sha256
+from pipelines.use.evaluate import evaluate_encoder
+from pipelines.use.fill_mask import fill_mask
+from pipelines.use.finetune import finetune
+from pipelines.use.finetune_config import FinetuneConfig, LabelledData
+from pipelines.use.registry import load_classifier, load_encoder
+from pipelines.verbs_finetune import Finetune
+from tests.corpus import build_manifest
+from tests.labelled import (
+    pairs,
+    topics,
+    write_image_encoder,
+    write_lines,
+    write_shades,
+    write_text_encoder,
+)
+from tests.pictures import make_picture, make_tar
+
+FEW_STEPS = FinetuneConfig(
+    epochs=1, least_steps=40, evaluations=4, rows_per_step=16, learning_rate=3e-3
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A fine-tuned classifier of topics."""
+
+    asked: Finetune
+    account: dict[str, Any]
+    said: str
+
+    @property
+    def dir(self) -> Path:
+        """Return the folder of the run."""
+        return Path(self.asked.runs) / self.asked.name
+
+
+def ask(folder: Path, model: Path, data: Path, **changes: Any) -> Finetune:
+    """Return a question; `changes` are of what is read, or of the verb."""
+    read: dict[str, Any] = {"data": (str(data),), "labels": "topic"}
+    verb: dict[str, Any] = {
+        "name": "topics",
+        "runs": str(folder / "runs"),
+        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        "training": FEW_STEPS,
+    }
+    of_data = {field.name for field in fields(LabelledData)}
+    read |= {name: value for name, value in changes.items() if name in of_data}
+    verb |= {name: value for name, value in changes.items() if name not in of_data}
+    return Finetune(model=str(model), source=LabelledData(**read), **verb)
+
+
+def call(asked: Finetune) -> tuple[dict[str, Any], str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        account = finetune(asked)
+    return account, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary
+) -> Iterator[Finished]:
+    del ray_session
+    folder = tmp_path_factory.mktemp("finetune")
+    model = write_text_encoder(folder / "tiny", vocabulary)
+    data = write_lines(folder / "data" / "part.jsonl", topics(240))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where artifacts go
+        asked = ask(folder, model, data)
+        account, said = call(asked)
+        yield Finished(asked, account, said)
+
+
+def test_topics_are_learned_and_told_with_an_interval(finished: Finished) -> None:
+    found = finished.account["evaluation"]
+    assert found["test/accuracy"] > 0.8
+    assert found["test/accuracy_low"] <= found["test/accuracy"] <= found["test/accuracy_high"]
+    assert "95 % interval" in finished.said
+    assert "is \\ told to be" in finished.said
+
+
+def test_what_is_registered_predicts_as_it_was_judged(finished: Finished) -> None:
+    uri = finished.account["registered"]
+    assert uri == "models:/tiny-topic/1"
+    classifier = load_classifier(uri, finished.asked.tracking_uri)
+    lines = {line["text"]: line["topic"] for line in topics(240)}
+    told = classifier.predict(list(lines))
+    assert classifier.classes == ("court", "kitchen", "sea")
+    assert np.allclose(told.probabilities.sum(axis=1), 1, atol=1e-5)
+    assert told.labels == [classifier.classes[i] for i in told.probabilities.argmax(axis=1)]
+    figures = json.loads((finished.dir / "figures.json").read_text())
+    num_wrong = sum(sum(row) for row in figures["confusion"]) - sum(
+        row[i] for i, row in enumerate(figures["confusion"])
+    )
+    wrong = [text for text, label in zip(lines, told.labels, strict=True) if lines[text] != label]
+    in_test = [t for t in wrong if content_hash(t) < finished.asked.source.test_ratio * 2**64]
+    assert len(in_test) == num_wrong
+
+
+def test_the_classifier_is_linked_to_its_encoder(finished: Finished) -> None:
+    client = open_client(finished.asked.tracking_uri)
+    version = client.get_model_version("tiny-topic", "1")
+    assert version.tags["rayssl.encoder"] == finished.asked.model
+    lineage = json.loads((finished.dir / "bundle" / "lineage.json").read_text())
+    assert lineage["encoder"] == finished.asked.model
+    assert lineage["encoder_sha256"] == manifest_sha256(Path(finished.asked.model))
+    run = client.get_run(finished.account["mlflow_run"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test/accuracy"] == finished.account["evaluation"]["test/accuracy"]
+    history = client.get_metric_history(run.info.run_id, "validation/accuracy")
+    assert [point.step for point in history] == [10, 20, 30, 40]
+    assert {"confusion.png", "figures.json"} <= {
+        Path(found.path).name for found in client.list_artifacts(run.info.run_id, "finetune")
+    }
+
+
+def test_the_picture_of_the_confusion_is_not_blank(finished: Finished) -> None:
+    with Image.open(finished.dir / "confusion.png") as picture:
+        assert picture.width == picture.height > 300
+        assert len(picture.convert("L").getcolors() or []) > 10
+
+
+def test_mlflow_answers_with_labels_and_probabilities(finished: Finished) -> None:
+    served = open_client(finished.asked.tracking_uri).get_model_version("tiny-topic", "1")
+    model = mlflow.pyfunc.load_model(served.source)
+    texts = [line["text"] for line in topics(3)]
+    classifier = load_classifier(finished.account["registered"], finished.asked.tracking_uri)
+    labels, probabilities = classifier.predict(texts)
+    frame = pytest.importorskip("pandas").DataFrame({"text": texts})  # comes with mlflow
+    answers = model.predict(frame)
+    assert [answer["label"] for answer in answers] == labels
+    assert np.allclose([a["probabilities"] for a in answers], probabilities, atol=1e-6)
+    assert [column.name for column in model.metadata.signature.outputs] == [
+        "label",
+        "probabilities",
+    ]
+
+
+def test_a_classifier_embeds_too_but_fills_no_masks(finished: Finished) -> None:
+    encoder = load_encoder(finished.account["registered"], finished.asked.tracking_uri)
+    assert encoder.encode(["The sailor returns."]).shape == (1, 32)
+    with pytest.raises(UserError, match="without a head for masked tokens"):
+        fill_mask(encoder, "The [MASK] sails.", 1)
+    with pytest.raises(UserError, match="the model is a classifier"):
+        evaluate_encoder(encoder, build_manifest([Path(finished.asked.source.data[0])]))
+
+
+def test_an_encoder_has_no_classes(finished: Finished) -> None:
+    with pytest.raises(UserError, match="finetune it on labels first"):
+        load_classifier(finished.asked.model)
+
+
+def test_the_same_command_trains_once_and_another_question_is_refused(finished: Finished) -> None:
+    account, said = call(finished.asked)
+    assert account == finished.account
+    assert "step" not in said
+    with pytest.raises(UserError, match="another training"):
+        call(replace(finished.asked, training=replace(FEW_STEPS, seed=1)))
+
+
+def test_items_of_another_kind_are_refused(finished: Finished) -> None:
+    classifier = load_classifier(finished.account["registered"], finished.asked.tracking_uri)
+    with pytest.raises(UserError, match="item 1 is tuple: give texts"):
+        classifier.predict(["a", ("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes", "error", "said"),
+    [
+        (topics(60), {"labels": "nothing"}, UserError, "no record has .* 'nothing'"),
+        ([*topics(60), {"text": "no label"}], {}, DataError, "1 of 61 records have no 'topic'"),
+        (topics(60, 1), {}, UserError, "every training example is 'sea': one class"),
+        (topics(60), {"text_pair_field": "second"}, UserError, "no record has .* 'second'"),
+        (topics(60), {"test_ratio": 0.0}, UserError, "no example is left for test"),
+    ],
+)
+def test_data_that_teaches_nothing_is_refused_in_a_line(
+    finished: Finished,
+    tmp_path: Path,
+    lines: list[dict[str, Any]],
+    changes: dict[str, Any],
+    error: type[UserError],
+    said: str,
+) -> None:
+    data = write_lines(tmp_path / "part.jsonl", lines)
+    asked = ask(tmp_path, Path(finished.asked.model), data, **changes)
+    with pytest.raises(error, match=said) as raised:
+        call(asked)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_class_that_only_the_test_knows_is_refused(finished: Finished, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "train.jsonl", topics(60))
+    test = write_lines(tmp_path / "test.jsonl", [{"text": "a stranger", "topic": "law"}])
+    asked = ask(tmp_path, Path(finished.asked.model), data, test=(str(test),))
+    with pytest.raises(DataError, match="1 test examples are 'law'"):
+        call(asked)
+
+
+@pytest.mark.parametrize("ratios", [(-0.1, 0.1), (0.5, 0.5)])
+def test_parts_that_leave_nothing_are_refused(ratios: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match="together below 1"):
+        LabelledData(data=("d",), labels="l", validation_ratio=ratios[0], test_ratio=ratios[1])
+
+
+def test_the_command_reads_its_flags_and_says_what_it_did(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = finished.asked
+    flags = {
+        "--labels": "topic",
+        "--name": asked.name,
+        "--runs": asked.runs,
+        "--tracking-uri": asked.tracking_uri,
+        "--training.epochs": "1",
+        "--training.least-steps": "40",
+        "--training.evaluations": "4",
+        "--training.rows-per-step": "16",
+        "--training.learning-rate": "3e-3",
+    }
+    words = [word for flag in flags.items() for word in flag]
+    assert main(["finetune", asked.model, *asked.source.data, *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == finished.account
+
+
+@pytest.mark.slow
+def test_pairs_and_three_workers_go_the_same_way(finished: Finished, tmp_path: Path) -> None:
+    model = Path(finished.asked.model)
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(400))
+    changes = {
+        "labels": "label",
+        "text_pair_field": "second",
+        "training": replace(FEW_STEPS, least_steps=300),
+    }
+    alone = ask(tmp_path, model, data, **changes)
+    account, _ = call(alone)
+    assert account["evaluation"]["test/accuracy"] > 0.9
+    three, _ = call(replace(alone, name="three", workers=3))
+    one, other = (
+        load_file(tmp_path / "runs" / name / "fitted" / "model.safetensors")
+        for name in ("topics", "three")
+    )
+    assert account["best_step"] == three["best_step"]
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], atol=1e-3), name
+    served = open_client(alone.tracking_uri).get_model_version("tiny-label", "1")
+    frame = pytest.importorskip("pandas").DataFrame(
+        {"text": ["anchor the 1", "anchor the 2"], "text_pair": ["anchor", "rose"]}
+    )
+    answers = mlflow.pyfunc.load_model(served.source).predict(frame)
+    assert [answer["label"] for answer in answers] == ["same", "other"]
+
+
+@pytest.mark.slow
+def test_pictures_are_classified_and_broken_ones_left_out(
+    finished: Finished, tmp_path: Path
+) -> None:
+    del finished  # only its Ray
+    model = write_image_encoder(tmp_path / "shapes")
+    folder = tmp_path / "pictures"
+    shades = write_shades(folder / "shades.tar", 120)
+    broken = make_tar([("9.jpeg", make_picture(0)[:-100]), ("9.cls", b"dark")])
+    (folder / "broken.tar").write_bytes(broken)
+    asked = ask(
+        tmp_path,
+        model,
+        folder,
+        labels="cls",
+        training=replace(FEW_STEPS, least_steps=40, learning_rate=1e-2),
+    )
+    account, said = call(asked)
+    assert "1 of 121 pictures cannot be decoded: left out" in said
+    assert account["evaluation"]["test/accuracy"] > 0.9
+    classifier = load_classifier(account["registered"], asked.tracking_uri)
+    told = classifier.predict(list(shades))
+    right = [a == b for a, b in zip(told.labels, shades.values(), strict=True)]
+    assert np.mean(right) > 0.9
+    with pytest.raises(DataError, match="picture 0 of 1"):
+        classifier.predict([b"no picture"])
+    served = open_client(asked.tracking_uri).get_model_version("shapes-cls", "1")
+    answers = mlflow.pyfunc.load_model(served.source).predict({"image": [next(iter(shades))]})
+    assert answers[0]["label"] == told.labels[0]
