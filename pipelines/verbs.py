@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from pipelines.tables import table
 if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
     from pipelines.use.evaluate import Evaluation
+    from pipelines.use.evaluate_labels import LabelEvaluation
 
 Model = Annotated[
     tyro.conf.Positional[str],
@@ -184,7 +186,16 @@ class Evaluate:
     """Name of a run, models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
     data: tuple[str, ...] = ()
     """Files, folders or quoted globs, all of whose documents count as held out; without them a run
-    is measured on its own held-out documents."""
+    is measured on its own held-out documents. With --labels, what a probe learns from."""
+    labels: str = ""
+    """Field of a record, such as cls: how well it is told from frozen features is measured, by a
+    linear probe and by kNN, beside raw pixels or TF-IDF and beside the untrained encoder."""
+    test: tuple[str, ...] = ()
+    """Of --labels: what a probe is asked for; without, a fifth of --data by its content."""
+    num_labelled: int = 1000
+    """Of --labels: how many items of --data a probe learns from."""
+    seeds: int = 3
+    """Of --labels: draws of labelled items, and of an untrained encoder."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     tracking_uri: str = "sqlite:///mlflow.db"
@@ -195,7 +206,11 @@ class Evaluate:
 
     def run(self) -> dict[str, Any]:
         """Print held-out figures beside what they have to beat."""
-        evaluation = self._of_model() if is_model(self.name) else self._of_run()
+        evaluation: Evaluation | LabelEvaluation
+        if self.labels:
+            evaluation = self._of_labels()
+        else:
+            evaluation = self._of_model() if is_model(self.name) else self._of_run()
         print("\n".join(evaluation.lines()))
         return evaluation.metrics()
 
@@ -220,6 +235,37 @@ class Evaluate:
             return evaluate(objective, run)
         with self._held_out() as manifest:
             return evaluate(objective, run, manifest)
+
+    def _of_labels(self) -> "LabelEvaluation":
+        from pipelines.run import load_run
+        from pipelines.use.evaluate_labels import TEST_RATIO, encoder_of, evaluate_labels
+        from pipelines.use.labelled import Part
+        from pipelines.use.registry import load_encoder
+
+        if not self.data:
+            raise UserError("--labels needs labelled records: name some with --data")
+        if is_model(self.name):
+            encoder = load_encoder(self.name, self.tracking_uri)
+        else:
+            encoder = encoder_of(load_run(self.runs / self.name))
+        measure = partial(
+            evaluate_labels,
+            encoder,
+            labels=self.labels,
+            num_labelled=self.num_labelled,
+            seeds=self.seeds,
+        )
+        folder = self.runs / ".index"
+        if self.test:
+            asked = dataclasses.replace(self, data=self.test)
+            with (
+                self._held_out() as manifest,
+                _indexed(asked, _all_of(self.source), folder / "test.json") as test,
+            ):
+                return measure(Part(manifest, "training"), Part(test, "training"))
+        source = dataclasses.replace(self.source, heldout_ratio=TEST_RATIO)
+        with _indexed(self, source, folder / "labels.json") as manifest:
+            return measure(Part(manifest, "training"), Part(manifest, "heldout"))
 
     def _held_out(self) -> "AbstractContextManager[Manifest]":
         return _indexed(self, _all_of(self.source), self.runs / ".index" / "evaluate.json")

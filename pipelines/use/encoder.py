@@ -76,6 +76,12 @@ class Encoder:
         """Splits raw text and knows no control tokens; `vocabulary` has their ids."""
         return self.vocabulary.tokenizer
 
+    @property
+    def image_rows(self) -> ImageRows:
+        """What makes the pixels of an encoder of images."""
+        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
+        return ImageRows(config)
+
     def encode(self, items: Sequence[str] | Sequence[bytes]) -> NDArray[np.float32]:
         """Return the embeddings float32 (items, dimension), without dropout.
 
@@ -107,8 +113,7 @@ class Encoder:
         ]
 
     def _pixels(self, pictures: Sequence[Any]) -> list[NDArray[np.uint8]]:
-        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
-        maker = ImageRows(config)
+        maker = self.image_rows
         made: list[NDArray[np.uint8]] = []
         for i, data in enumerate(pictures):
             pixels = maker.plain(data)
