@@ -17,6 +17,7 @@
     use/evaluate.py         held-out documents -> figures beside what they have to beat
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
     use/evaluate_labels.py  labels told from frozen features, beside what they have to beat
+    use/watch.py            commits -> held-out figures, while the training goes on
     use/embed.py            documents -> Parquet files with ids, each written once
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py
     use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back

@@ -57,6 +57,9 @@ class RunConfig:
     """Steps between commits; what is lost at most when everything dies."""
     log_every: int = 10
     """Steps between logged metrics."""
+    probe_every: int = 0
+    """Steps after which the next commit's held-out figures are logged, as probe/..., while the
+    training goes on; 0 for none."""
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
     init_from: str = ""
@@ -94,8 +97,9 @@ class RunConfig:
         if not MODEL_NAME.fullmatch(self.register):
             raise ValueError(f"register {self.register!r}: use letters, digits, space and _ . -")
         _check_weights(self)
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for name in ("seed", "probe_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 1 <= self.workers <= self.order.slots:
             raise ValueError(
                 f"workers must be in 1..{self.order.slots}, the slots of this recipe, "
@@ -179,6 +183,7 @@ FREE_TO_CHANGE = frozenset(
         "device",
         "checkpoint_every",
         "log_every",
+        "probe_every",
         "max_restarts",
         "vocabulary_file",
         "register",

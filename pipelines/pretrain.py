@@ -35,6 +35,7 @@ from pipelines.use.bundle import write_bundle
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
 from pipelines.use.registry import Registered, register
+from pipelines.use.watch import Watch
 from ssl_models.objective import Objective
 
 CPUS_FOR_DATA = 1
@@ -255,14 +256,16 @@ def _attempt(run: Run, worker: Any) -> str | None:
     Raises:
         UserError: The one that a worker raised, but for an outage.
     """
-    progress = Progress(run.dir, run.config)
+    progress, watch = Progress(run.dir, run.config), Watch(run)
     done = _in_thread(lambda: _fit(run, worker))
     while not done.done():
         progress.update()
+        watch.update()
         time.sleep(0.5)
     progress.close()
     error = done.exception()
     if error is None:
+        watch.close()
         return None
     found = unwrap(error)
     if isinstance(found, UserError) and not isinstance(found, OutageError):
