@@ -239,7 +239,7 @@ class Evaluate:
     def _of_labels(self) -> "LabelEvaluation":
         from pipelines.run import load_run
         from pipelines.use.evaluate_labels import TEST_RATIO, encoder_of, evaluate_labels
-        from pipelines.use.labelled import Part
+        from pipelines.use.labelled_features import Part
         from pipelines.use.registry import load_encoder
 
         if not self.data:

@@ -27,7 +27,7 @@ from pipelines.use.baselines import NUM_RESAMPLES
 from pipelines.use.bundle import write_bundle
 from pipelines.use.encoder import Encoder
 from pipelines.use.evaluate_labels import LabelEvaluation, evaluate_labels
-from pipelines.use.labelled import Part
+from pipelines.use.labelled_features import Part
 from pipelines.use.probe import (
     interval,
     kept_aside,

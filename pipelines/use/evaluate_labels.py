@@ -25,7 +25,7 @@ from pipelines.tables import table
 from pipelines.training.loop import load_objective
 from pipelines.training.start import untrained
 from pipelines.use.encoder import Encoder
-from pipelines.use.labelled import Embedded, Items, Part, embedded, labelled_items
+from pipelines.use.labelled_features import Embedded, Items, Part, embedded, labelled_items
 from pipelines.use.probe import (
     EVERY,
     Rule,
