@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from pipelines.errors import INTERRUPTED, UserError, nearest
-from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs import Embed, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs_evaluate import Evaluate
 from pipelines.verbs_finetune import Finetune, LabelTable
 from pipelines.verbs_registry import Models, Promote, Rollback
 from pipelines.verbs_search import Duplicates, Nearest

@@ -92,6 +92,9 @@ class RunConfig:
     stop_on_collapse: int = 25
     """After the warm-up of the learning rate, logged steps on end with a collapsed encoder that
     stop the run; 0 never stops it."""
+    probe_every: int = 0
+    """Steps after which the next commit's held-out figures are logged, as probe/..., while the
+    training goes on; 0 for none."""
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
     init_from: str = ""
@@ -124,15 +127,14 @@ class RunConfig:
         for name in ("steps", "threads_per_worker", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.stop_on_collapse < 0:
-            raise ValueError(f"stop_on_collapse must be at least 0, got {self.stop_on_collapse}")
         if not re.fullmatch(r"[\w-][\w.-]*|", self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
         if not MODEL_NAME.fullmatch(self.register):
             raise ValueError(f"register {self.register!r}: use letters, digits, space and _ . -")
         _check_weights(self)
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for name in ("seed", "stop_on_collapse", "probe_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 1 <= self.workers <= self.order.slots:
             raise ValueError(
                 f"workers must be in 1..{self.order.slots}, the slots of this recipe, "
@@ -218,6 +220,7 @@ FREE_TO_CHANGE = frozenset(
         "checkpoint_every",
         "log_every",
         "stop_on_collapse",
+        "probe_every",
         "max_restarts",
         "vocabulary_file",
         "register",

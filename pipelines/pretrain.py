@@ -33,6 +33,7 @@ from pipelines.training.loop import Job, load_objective, train_worker
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
 from pipelines.use.bundle import write_bundle
 from pipelines.use.card import model_card
+from pipelines.use.commit_probe import CommitProbe
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
 from pipelines.use.pictures import write_pictures
@@ -279,8 +280,11 @@ def _attempt(run: Run, worker: Any) -> str | None:
     Raises:
         UserError: The one that a worker raised, but for an outage.
     """
-    error = watched(Progress(run.dir, run.config), lambda: _fit(run, worker))
+    progress, probe = Progress(run.dir, run.config), CommitProbe(run)
+    error = watched(lambda: _fit(run, worker), progress.update, probe.update)
+    progress.close()
     if error is None:
+        probe.close()
         return None
     found = unwrap(error)
     if isinstance(found, UserError) and not isinstance(found, OutageError):
@@ -290,13 +294,13 @@ def _attempt(run: Run, worker: Any) -> str | None:
     return str(found) if isinstance(found, OutageError) else root_cause(error)
 
 
-def watched(progress: Progress, function: Callable[[], object]) -> BaseException | None:
-    """Show how a function gets on that trains, and return what it raised, if it did."""
+def watched(function: Callable[[], object], *updates: Callable[[], None]) -> BaseException | None:
+    """Call updates until a function has ended, and return what it raised, if it did."""
     done = _in_thread(function)
     while not done.done():
-        progress.update()
+        for update in updates:
+            update()
         time.sleep(0.5)
-    progress.close()
     return done.exception()
 
 

@@ -7,7 +7,6 @@ prints. What is heavy is imported in `run`, so that help and typos are answered 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
     from pipelines.use.embed import EmbedJob
     from pipelines.use.encoder import Encoder
-    from pipelines.use.evaluate import Evaluation
-    from pipelines.use.evaluate_images import ImageEvaluation
 
 Model = Annotated[
     tyro.conf.Positional[str],
@@ -174,59 +171,6 @@ class Embed:
             "ledger": {fate: vars(entry) for fate, entry in account.ledger.items()},
             **dataclasses.asdict(report),
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Measure a run's newest commit, or a model, on what it was not trained on."""
-
-    name: tyro.conf.Positional[str]
-    """Name of a run, models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a bundle."""
-    data: tuple[str, ...] = ()
-    """Files, folders or quoted globs, all of whose records count as held out; without them a run
-    is measured on what it has held out itself."""
-    runs: Path = Path("runs")
-    """Folder of all runs."""
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """Where the model is registered."""
-    address: Address = ""
-    source: SourceConfig = field(default_factory=SourceConfig)
-    """How --data is read."""
-
-    def run(self) -> dict[str, Any]:
-        """Print held-out figures beside what they have to beat."""
-        evaluation = self._of_model() if is_model(self.name) else self._of_run()
-        print("\n".join(evaluation.lines()))
-        return evaluation.metrics()
-
-    def _of_model(self) -> "Evaluation":
-        from pipelines.use.evaluate import evaluate_encoder
-        from pipelines.use.registry import load_encoder
-
-        if not self.data:
-            raise UserError(f"{self.name} holds no data to measure it on: name some with --data")
-        encoder = load_encoder(self.name, self.tracking_uri)
-        _ = encoder.vocabulary  # refused before anything is read, if it is not of text
-        with self._held_out(encoder.modality) as manifest:
-            return evaluate_encoder(encoder, manifest)
-
-    def _of_run(self) -> "Evaluation | ImageEvaluation":
-        from pipelines.run import load_run
-        from pipelines.training.loop import load_objective
-        from pipelines.use.evaluate import evaluate
-        from pipelines.use.evaluate_images import evaluate_images
-
-        run = load_run(self.runs / self.name)
-        objective = load_objective(run)
-        evaluate_run = evaluate if run.pieces else evaluate_images
-        if not self.data:
-            return evaluate_run(objective, run)
-        with self._held_out(run.config.modality) as manifest:
-            return evaluate_run(objective, run, manifest)
-
-    def _held_out(self, modality: Modality) -> "AbstractContextManager[Manifest]":
-        cache = self.runs / ".index" / "evaluate.json"
-        return indexed(self, all_of(self.source), cache, modality)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,12 @@ Weights that were given become the commit of step 0. From then on every rank and
 finds them as it finds any commit, and nothing asks again where they came from.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Discriminator, TypeAdapter
 from torch import Tensor
 
 from pipelines.config import RunConfig, with_vocab_size
@@ -20,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.training.checkpoint import Commit, CommitLog
 from pipelines.use.encoder import Encoder
 from pipelines.use.registry import open_model
-from ssl_models import build_objective
+from ssl_models import ObjectiveConfig, build_objective
 from ssl_models.objective import Objective
 
 _TRAINING = frozenset({"dropout", "initializer_range"})
@@ -41,8 +42,22 @@ class Start(NamedTuple):
 
 def draw(config: RunConfig) -> Objective:
     """Return the objective with freshly drawn weights, the same wherever it is called."""
-    torch.manual_seed(key(config.seed, "weights") >> 1)
-    return build_objective(config.objective)
+    return _draw(config.objective, config.seed)
+
+
+def untrained(encoder: Encoder, seed: int) -> Encoder:
+    """Return an encoder as a run of the same objective and this seed starts with it."""
+    adapter: TypeAdapter[ObjectiveConfig] = TypeAdapter(
+        Annotated[ObjectiveConfig, Discriminator("kind")]
+    )
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        objective = _draw(adapter.validate_python(encoder.config["objective"]), seed)
+    return replace(encoder, objective=objective.eval())
+
+
+def _draw(config: ObjectiveConfig, seed: int) -> Objective:
+    torch.manual_seed(key(seed, "weights") >> 1)
+    return build_objective(config)
 
 
 def given_vocabulary(config: RunConfig, source: Encoder | None) -> Vocabulary | None:

@@ -183,7 +183,9 @@ def _train(task: FitTask, asked: "Finetune", run_dir: Path) -> Fitted:
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
-        error = watched(Progress(run_dir, task.schedule), trainer.fit)
+        progress = Progress(run_dir, task.schedule)
+        error = watched(trainer.fit, progress.update)
+        progress.close()
         if error is not None:
             if isinstance(found := unwrap(error), UserError):
                 raise found from error

@@ -1,0 +1,283 @@
+"""What an encoder is good for: labels told from its frozen features, beside what it has to beat.
+
+That is the same encoder untrained, and what needs none: raw pixels, or TF-IDF of the words. All of
+them learn from the same labelled items, by the same protocol (`probe.py`), and are asked for the
+same test items. Each seed draws other labelled items and another untrained encoder. The encoder may
+have seen any of the items in its pretraining, but never a label.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from pipelines.cluster import parallel_map
+from pipelines.config import to_record
+from pipelines.console import say
+from pipelines.data.randomness import draws, key
+from pipelines.data.spans import Ints
+from pipelines.errors import UserError
+from pipelines.run import Run
+from pipelines.tables import table
+from pipelines.training.loop import load_objective
+from pipelines.training.start import untrained
+from pipelines.use.encoder import Encoder
+from pipelines.use.labelled_features import Embedded, Items, Part, embedded, labelled_items
+from pipelines.use.probe import (
+    EVERY,
+    Rule,
+    interval,
+    kept_aside,
+    linear_probe,
+    nearest_neighbours,
+    stratified,
+)
+
+TEST_RATIO = 0.2
+"""Share of the data that is the test set where none is named."""
+MAX_TEST_ITEMS = 20_000
+"""Of more, so many are drawn, each class in its share."""
+PROBES = {"linear": "linear probe", "knn": "kNN"}
+ENCODER, UNTRAINED, RAW = KINDS = ("encoder", "untrained", "raw")
+
+
+class Accuracy(NamedTuple):
+    """A mean over seeds and test items, or a difference of two, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    of_seeds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelEvaluation:
+    """Accuracies of a linear probe and of kNN on test items."""
+
+    things: str
+    """What the items are: pictures or documents."""
+    raw: str
+    """What needs no encoder: raw pixels or TF-IDF."""
+    labels: str
+    """Name of the field that is told."""
+    num_classes: int
+    num_labelled: int
+    num_test: int
+    accuracies: dict[str, dict[str, Accuracy]]
+    """By probe and by kind of features."""
+    differences: dict[str, dict[str, Accuracy]]
+    """By probe and by kind: the encoder's accuracy less that of the kind."""
+    notes: tuple[str, ...] = ()
+    """What was not used, and why."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return all figures by name."""
+        found = {
+            f"probe/{probe}/{kind}": accuracy
+            for probe, kinds in self.accuracies.items()
+            for kind, accuracy in kinds.items()
+        }
+        found |= {
+            f"probe/{probe}/encoder_less_{kind}": difference
+            for probe, kinds in self.differences.items()
+            for kind, difference in kinds.items()
+        }
+        metrics = {
+            "probe/classes": float(self.num_classes),
+            "probe/labelled": float(self.num_labelled),
+            "probe/test": float(self.num_test),
+        }
+        for name, (mean, low, high, of_seeds) in found.items():
+            metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+            metrics |= {f"{name}_seed_{seed}": value for seed, value in enumerate(of_seeds)}
+        return metrics
+
+    def lines(self) -> list[str]:
+        """Return a table and a verdict on each comparison."""
+        names = self._names
+        rows = []
+        for kind in KINDS:
+            cells = [names[kind]]
+            for probe in PROBES:
+                mean, low, high, _ = self.accuracies[probe][kind]
+                cells += [f"{mean:.1%}", f"{100 * low:.1f} to {100 * high:.1f}"]
+            rows.append(cells)
+        head = ["features"]
+        for probe in PROBES.values():
+            head += [probe, "95 % interval"]
+        num_seeds = len(self.accuracies["linear"][ENCODER].of_seeds)
+        return [
+            *self.notes,
+            f"{self.labels!r} of {self.num_test} test {self.things}, {self.num_classes} classes, "
+            f"told by {self.num_labelled} labelled ones; {num_seeds} "
+            f"{'seeds' if num_seeds > 1 else 'seed'}",
+            table(head, rows),
+            *(
+                _verdict(name, names[kind], self.differences[probe][kind])
+                for probe, name in PROBES.items()
+                for kind in (RAW, UNTRAINED)
+            ),
+        ]
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {ENCODER: "encoder", UNTRAINED: "untrained encoder", RAW: self.raw}
+
+
+def encoder_of(run: Run) -> Encoder:
+    """Return the encoder of a run's newest commit."""
+    return Encoder(to_record(run.config), run.pieces, load_objective(run).eval())
+
+
+def evaluate_labels(
+    encoder: Encoder, training: Part, test: Part, labels: str, num_labelled: int, seeds: int
+) -> LabelEvaluation:
+    """Return how well a field is told from frozen features; needs Ray.
+
+    Each seed learns from `num_labelled` training items, drawn by their content, each class in its
+    share. What of the training items is also a test item is left out. The intervals are those of
+    the paired bootstrap over seeds and test items.
+
+    Raises:
+        UserError: If there are too few items or classes.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {seeds}")
+    pool, asked = (labelled_items(part, labels) for part in (training, test))
+    is_copy = np.isin(pool.content, asked.content)
+    num_unlabelled = pool.num_unlabelled + asked.num_unlabelled
+    pool, asked = pool.take(~is_copy), _some(asked)
+    things = "documents" if encoder.pieces else "pictures"
+    chosen = _choose(pool, num_labelled, seeds, f"{things} with a {labels!r}")
+    encoders = [encoder, *(untrained(encoder, seed) for seed in range(seeds))]
+    union = pool.take(np.unique(np.concatenate(chosen)))
+    say(f"embeds {len(union) + len(asked)} {things} by the encoder and {seeds} untrained ones")
+    known, seen = embedded(union, encoders), embedded(asked, encoders)
+    told = ray.put((known, seen, [pool.record[places] for places in chosen]))
+    right = parallel_map(partial(_right, told), range(seeds))
+    scores = {
+        probe: {kind: np.stack([found[probe, kind] for found in right]) for kind in KINDS}
+        for probe in PROBES
+    }
+    is_strange = ~np.isin(seen.items.label, pool.label)
+    notes = {
+        f"records have no {labels!r}: left out": num_unlabelled,
+        f"training {things} are also for testing: left out": int(is_copy.sum()),
+        "pictures cannot be decoded: left out": known.num_unreadable + seen.num_unreadable,
+        f"test {things} have a {labels!r} that no training item has: told wrong by all": int(
+            is_strange.sum()
+        ),
+    }
+    return LabelEvaluation(
+        things=things,
+        raw="TF-IDF" if encoder.pieces else "raw pixels",
+        labels=labels,
+        num_classes=len(np.unique(pool.label)),
+        num_labelled=num_labelled,
+        num_test=len(seen.items),
+        accuracies={
+            probe: {kind: _accuracy(score) for kind, score in kinds.items()}
+            for probe, kinds in scores.items()
+        },
+        differences={
+            probe: {kind: _accuracy(kinds[ENCODER] - kinds[kind]) for kind in (RAW, UNTRAINED)}
+            for probe, kinds in scores.items()
+        },
+        notes=tuple(f"{n} {what}" for what, n in notes.items() if n),
+    )
+
+
+def _some(asked: Items) -> Items:
+    """Return at most MAX_TEST_ITEMS."""
+    if len(asked) <= MAX_TEST_ITEMS:
+        return asked
+    codes = np.unique(asked.label, return_inverse=True)[1]
+    return asked.take(stratified(codes, _words(asked, "test"), MAX_TEST_ITEMS))
+
+
+def _choose(pool: Items, count: int, seeds: int, what: str) -> list[Ints]:
+    """Return the places of the labelled items of each seed.
+
+    Raises:
+        UserError: If there are not so many, or they are too few for their classes.
+    """
+    if not 0 < count <= len(pool):
+        raise UserError(
+            f"--num-labelled must be in 1..{len(pool)}, the training {what}, got {count}"
+        )
+    classes, codes = np.unique(pool.label, return_inverse=True)
+    chosen = [stratified(codes, _words(pool, seed), count) for seed in range(seeds)]
+    for seed, places in enumerate(chosen):
+        if len(np.unique(codes[places])) < 2:
+            only = str(classes[codes[places[0]]])
+            raise UserError(
+                f"all of {count} training {what} have {only!r}: there is nothing to tell apart"
+            )
+        if not kept_aside(codes[places], _words(pool.take(places), seed)).any():
+            raise UserError(
+                f"{count} training {what} are too few for {len(classes)} classes: give "
+                f"--num-labelled {EVERY * len(classes)} or more"
+            )
+    return chosen
+
+
+def _right(
+    told: "ray.ObjectRef[tuple[Embedded, Embedded, list[Ints]]]", seed: int
+) -> dict[tuple[str, str], NDArray[np.int8]]:
+    """Return which test items are told right, 1 or 0, by each probe on each kind of features."""
+    known, seen, records = ray.get(told)
+    places = np.flatnonzero(np.isin(known.items.record, records[seed]))
+    items = known.items.take(places)
+    _, codes = np.unique(np.append(items.label, seen.items.label), return_inverse=True)
+    labels, truth = codes[: len(items)], codes[len(items) :]
+    aside = kept_aside(labels, _words(items, seed))
+    raw = (
+        _tf_idf([known.raw[place] for place in places], seen.raw)
+        if isinstance(known.raw, list)
+        else (known.raw[places].astype(np.float32), seen.raw.astype(np.float32))
+    )
+    both: tuple[Rule, ...] = ("cosine", "euclidean")
+    features: dict[str, tuple[Any, Any, tuple[Rule, ...]]] = {
+        ENCODER: (known.features[0, places], seen.features[0], ("cosine",)),
+        UNTRAINED: (known.features[1 + seed, places], seen.features[1 + seed], ("cosine",)),
+        RAW: (*raw, both),  # embeddings are compared by cosine; the baseline may choose
+    }
+    right: dict[tuple[str, str], NDArray[np.int8]] = {}
+    for kind, (given, asked, rules) in features.items():
+        answers = {
+            "linear": linear_probe(given, labels, aside, asked),
+            "knn": nearest_neighbours(given, labels, aside, asked, rules),
+        }
+        for probe, answer in answers.items():
+            right[probe, kind] = (answer == truth).astype(np.int8)
+    return right
+
+
+def _tf_idf(texts: list[str], asked: list[str]) -> tuple[Any, Any]:
+    """Return TF-IDF of words and pairs of words, learned from the first texts alone."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    return vectorizer.fit_transform(texts), vectorizer.transform(asked)
+
+
+def _words(items: Items, seed: int | str) -> NDArray[np.uint64]:
+    """Return a draw for each item that depends on its content and the seed alone."""
+    return draws(key(seed, "labelled"), items.content)
+
+
+def _accuracy(scores: NDArray[np.int8]) -> Accuracy:
+    of_seeds = tuple(float(mean) for mean in scores.mean(axis=1))
+    return Accuracy(float(scores.mean()), *interval(scores), of_seeds)
+
+
+def _verdict(probe: str, other: str, difference: Accuracy) -> str:
+    mean, low, high = (100 * value for value in difference[:3])
+    if low > 0:
+        return f"{probe} beats {other} by {mean:.1f} points ({low:.1f} to {high:.1f})"
+    if high < 0:
+        return f"{probe} misses {other} by {-mean:.1f} points ({-high:.1f} to {-low:.1f})"
+    return f"{probe} is not told from {other}: {mean:+.1f} points ({low:.1f} to {high:.1f})"

@@ -1,0 +1,148 @@
+"""Held-out figures of commits while a run trains: each once, and never in the way."""
+
+import contextlib
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import RunConfig
+from pipelines.data import indexing
+from pipelines.data.indexing import build
+from pipelines.data.plan import Cursor, Plan
+from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.pretrain import pretrain
+from pipelines.recipes import recipe
+from pipelines.run import Run, load_run
+from pipelines.training.checkpoint import Commit
+from pipelines.training.mlflow_client import open_client
+from pipelines.training.start import draw
+from pipelines.training.tracking import read_spool
+from pipelines.use import commit_probe
+from pipelines.use.commit_probe import SPOOL_FILE, CommitProbe, bounded
+from pipelines.use.evaluate_images import evaluate_images
+from tests.corpus import serial_map
+from tests.pictures import write_pictures
+
+
+@pytest.fixture
+def run(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return an image run that is to be measured every 10 steps and has no commit yet."""
+    del ray_session
+    monkeypatch.setattr(indexing, "MIN_BLOCK_BYTES", 8000)
+    write_pictures(tmp_path / "pictures", num_pictures=120)
+    source = SourceConfig(heldout_ratio=0.2)
+    config = replace(recipe("image-tiny"), name="run", probe_every=10, source=source)
+    manifest = build(find_shards([str(tmp_path / "pictures")]), source, serial_map)
+    return Run(tmp_path / "run", "key", config, manifest, None)
+
+
+def commit(run: Run, step: int, attempt: int = 1) -> None:
+    made = Commit(
+        step=step,
+        attempt=attempt,
+        parent="",
+        cursor=Cursor(),
+        digests=(),
+        fates={},
+        workers=1,
+        manifest_sha256="",
+    )
+    weights = draw(replace(run.config, seed=step)).state_dict()
+    run.log.save(made, weights, {})
+
+
+def points(run: Run) -> dict[int, dict[str, float]]:
+    found = [r for r in read_spool(run.dir / "spool", {}) if r.attempt == SPOOL_FILE]
+    assert len({record.step for record in found}) == len(found), "a step is there twice"
+    return {record.step: record.metrics for record in found}
+
+
+def test_commits_are_measured_once_and_a_resumed_run_goes_on(run: Run) -> None:
+    probe = CommitProbe(run)
+    for step in (5, 10, 15):
+        commit(run, step)
+        probe.update()
+    probe.close()
+    assert list(points(run)) == [10]
+    expected = evaluate_images(draw(replace(run.config, seed=10)), run).losses["triplet"]
+    assert points(run)[10]["probe/triplet_loss"] == pytest.approx(expected, rel=1e-5)
+
+    again = CommitProbe(run)  # of the next attempt, which replays steps
+    for step in (10, 15, 23):
+        commit(run, step, attempt=2)
+        again.update()
+    again.close()
+    assert list(points(run)) == [10, 23]
+    off = CommitProbe(replace(run, config=replace(run.config, probe_every=0)))
+    commit(run, 30, attempt=2)
+    off.close()
+    assert list(points(run)) == [10, 23]
+
+
+def test_a_commit_that_is_gone_or_too_slow_costs_one_line(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(run, 10)
+    for path in (run.dir / "checkpoints").glob("*/model.safetensors"):
+        path.unlink()
+    probe = CommitProbe(run)
+    probe.close()
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("measuring commit 000001-000000010 failed (")
+    assert "model.safetensors" in said
+    assert said.endswith("): the training goes on without it")
+
+    monkeypatch.setattr(commit_probe, "PATIENCE_SECONDS", 0)
+    commit(run, 20)
+    CommitProbe(run).close()
+    assert "took too long: the training goes on without it" in capsys.readouterr().out
+    assert points(run) == {}
+    (run.dir / "commits" / "000001-000000020.json").write_text("{")
+    CommitProbe(run).close()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bounded_manifest_trains_the_same_and_holds_out_less(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bounded(run.manifest) == run.manifest
+    monkeypatch.setattr(commit_probe, "MAX_RECORDS", 10)
+    less = bounded(run.manifest)
+    blocks = less.blocks_of("heldout")
+    assert set(blocks) < set(run.manifest.blocks_of("heldout"))
+    read = sum(len(less.read(block, "heldout")) for block in blocks)
+    assert read == less.records_where("heldout")
+    assert 0 < read <= 20 < run.manifest.records_where("heldout")
+    plans = [Plan(manifest, 0, 4) for manifest in (run.manifest, less)]
+    assert plans[0].orders_per_epoch == plans[1].orders_per_epoch
+    assert [plans[0].order(i) for i in range(6)] == [plans[1].order(i) for i in range(6)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_is_measured_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "pictures")
+    config: RunConfig = replace(
+        recipe("image-tiny"),
+        data=(str(tmp_path / "pictures"),),
+        name="probed",
+        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+        steps=20,
+        checkpoint_every=10,
+        probe_every=10,
+        source=SourceConfig(heldout_ratio=0.2),
+    )
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        account = pretrain(config)
+    assert "measuring" not in out.getvalue()
+    found = points(load_run(tmp_path / "runs" / "probed"))
+    assert 20 in found
+    at_end = account["evaluation"]["heldout/triplet_loss"]
+    assert found[20]["probe/triplet_loss"] == pytest.approx(at_end, rel=1e-5)
+    client = open_client(config.tracking_uri)
+    sent = client.get_metric_history(account["mlflow_run"], "probe/triplet_loss")
+    assert [point.step for point in sent] == sorted(found)
