@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from pipelines.errors import INTERRUPTED, UserError, nearest
-from pipelines.verbs import Embed, Evaluate, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs import Embed, Evaluate, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs_export import Export
 from pipelines.verbs_registry import Models, Promote, Rollback
 from pipelines.verbs_search import Duplicates, Nearest
 
@@ -59,7 +60,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   duplicates find near-duplicates by embeddings, and what to drop
   nearest    show which items of an index are most like a text or a picture
   fill-mask  show what an encoder puts in the place of [MASK]
-  export     write an encoder as transformers loads it
+  export     write an encoder as transformers loads it, or as an ONNX graph
   verify     make every batch of a run anew and compare it with what was consumed
   promote    compare a candidate with the champion; promote it if it is no worse
   rollback   make the previous champion champion again

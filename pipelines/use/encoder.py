@@ -85,6 +85,11 @@ class Encoder:
         """Splits raw text and knows no control tokens; `vocabulary` has their ids."""
         return self.vocabulary.tokenizer
 
+    @property
+    def image_config(self) -> ImageConfig:
+        """How an encoder of images was shown its pictures."""
+        return TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
+
     def encode(self, items: Sequence[str] | Sequence[bytes]) -> NDArray[np.float32]:
         """Return the embeddings float32 (items, dimension), without dropout.
 
@@ -116,8 +121,7 @@ class Encoder:
         ]
 
     def _pixels(self, pictures: Sequence[Any]) -> list[NDArray[np.uint8]]:
-        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
-        maker = ImageRows(config)
+        maker = ImageRows(self.image_config)
         made: list[NDArray[np.uint8]] = []
         for i, data in enumerate(pictures):
             pixels = maker.plain(data)
