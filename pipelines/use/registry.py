@@ -24,11 +24,11 @@ from torch import Tensor
 
 from pipelines.config import MODEL_NAME
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.errors import nearest
+from pipelines.errors import UserError, nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import ADVICE, FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
-from pipelines.use.encoder import Encoder
+from pipelines.use.encoder import Encoder, UnreadableError
 from pipelines.use.hf_layout import hf_sha256, is_hf_layout, read_hf_layout
 from ssl_models import ObjectiveConfig, build_objective
 
@@ -48,7 +48,6 @@ EXAMPLES: dict[str, tuple[str, str, Any]] = {
     "images": ("binary", "image", b"P5 2 2 255\n\x00\xff\xff\x00"),  # four grey pixels, as PGM
 }
 """Type and name of the input column, and an input."""
-
 MODEL_URI = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@([\w.\-]+)|/(\d+))")
 
 
@@ -308,6 +307,7 @@ def _register_anew(
 def _save_model(path: Path, bundle_dir: Path, logged: Any, run_id: str) -> None:
     """Write the MLflow model directory around a copy of the bundle."""
     import mlflow.pyfunc
+    import pandas  # comes with mlflow
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
@@ -324,7 +324,8 @@ def _save_model(path: Path, bundle_dir: Path, logged: Any, run_id: str) -> None:
             inputs=Schema([ColSpec(kind, column)]),
             outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, encoder.dimension))]),
         ),
-        input_example={column: [example]},
+        # Not a dict, which would be served as `inputs`: of those MLflow decodes no base64.
+        input_example=pandas.DataFrame({column: [example]}),
         pip_requirements=[_pin(requirement) for requirement in requirements],
     )
     shutil.copytree(bundle_dir, path / BUNDLE_FOLDER)
@@ -342,10 +343,27 @@ class _PyfuncEncoder:
         self._encoder = encoder
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> NDArray[np.float32]:
-        """Embed the column `text` or `image` of a DataFrame, or a list; there are no params."""
+        """Embed the column `text` or `image` of a DataFrame, or a list; there are no params.
+
+        Raises:
+            MlflowException: Which a server answers with status 400, if an item is not of the
+                column's type, or no picture.
+        """
+        from mlflow.exceptions import MlflowException
+
         del params
-        _, column, _ = EXAMPLES[self._encoder.modality]
-        return self._encoder.encode(list(data[column] if hasattr(data, "columns") else data))
+        kind, column, example = EXAMPLES[self._encoder.modality]
+        items = list(data[column] if hasattr(data, "columns") else data)
+        try:
+            for place, item in enumerate(items):
+                if not isinstance(item, type(example)):
+                    raise UserError(f"{column} {place} of {len(items)} is no {kind}: {item!r:.40}")
+            return self._encoder.encode(items)
+        except UnreadableError as error:
+            hint = "in JSON, base64 is read in dataframe_split and dataframe_records alone"
+            raise MlflowException.invalid_parameter_value(f"{error}; {hint}") from error
+        except UserError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 def _load_pyfunc(path: str) -> _PyfuncEncoder:
