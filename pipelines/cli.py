@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from pipelines.errors import INTERRUPTED, UserError, nearest
-from pipelines.verbs import Embed, Export, FillMask, Index, Samples, Verify, Vocab
+from pipelines.verbs import Embed, FillMask, Index, Samples, Verify, Vocab
 from pipelines.verbs_evaluate import Evaluate
+from pipelines.verbs_export import Export
 from pipelines.verbs_finetune import Finetune, LabelTable
 from pipelines.verbs_registry import Models, Promote, Rollback
 from pipelines.verbs_search import Duplicates, Nearest
@@ -66,7 +67,7 @@ HELP = """usage: rayssl VERB [flags] [--json]
   finetune   fine-tune an encoder on labels, measure and register it
   label-table  compare it with the same net from scratch and a linear model
   fill-mask  show what an encoder puts in the place of [MASK]
-  export     write an encoder as transformers loads it
+  export     write an encoder as transformers loads it, or as an ONNX graph
   verify     make every batch of a run anew and compare it with what was consumed
   promote    compare a candidate with the champion; promote it if it is no worse
   rollback   make the previous champion champion again

@@ -198,31 +198,6 @@ class FillMask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
-    """Write an encoder as transformers and sentence-transformers load it."""
-
-    model: Model
-    out: Path
-    """Folder to write; there must be none yet."""
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """Where the model is registered."""
-
-    def run(self) -> dict[str, Any]:
-        """Write the folder and say how to load it."""
-        from pipelines.use.hf_export import export
-        from pipelines.use.registry import load_encoder
-
-        encoder = load_encoder(self.model, self.tracking_uri)
-        export(encoder, self.out)
-        parameters = sum(tensor.numel() for tensor in encoder.state.values())
-        print(
-            f"{parameters:,} parameters in {self.out}: load them with "
-            f'transformers.BertForPreTraining.from_pretrained("{self.out}")'
-        )
-        return {"out": str(self.out), "parameters": parameters}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Verify:
     """Make every batch of a run anew and compare it with what the model consumed."""
 

@@ -26,7 +26,7 @@ from transformers import BertConfig as PeerConfig
 from pipelines.cli import main
 from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
 from pipelines.data.vocabulary_training import train_vocabulary
-from pipelines.errors import UserError
+from pipelines.errors import StorageError, UserError
 from pipelines.storage import inventory
 from pipelines.use.bundle import BundleError, write_bundle
 from pipelines.use.encoder import Encoder
@@ -255,6 +255,17 @@ def test_its_mean_over_real_tokens_is_our_embedding(bundle: Path, exported: Path
     np.testing.assert_allclose(ours, means.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_sentence_transformers_gives_our_embeddings(bundle: Path, exported: Path) -> None:
+    from sentence_transformers import SentenceTransformer  # seconds
+
+    model = SentenceTransformer(str(exported), device="cpu")
+    ours = load_encoder(str(bundle)).encode(TEXTS)
+    assert np.abs(ours).max() > 0.1
+    np.testing.assert_allclose(model.encode(TEXTS, batch_size=4), ours, rtol=0, atol=1e-5)
+    assert (model.max_seq_length, model.get_embedding_dimension()) == (LONGEST_ROW, 16)
+
+
 def test_export_import_and_export_again_give_the_same_bytes(exported: Path, tmp_path: Path) -> None:
     export(load_encoder(str(exported)), tmp_path / "again")
     names = sorted(str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file())
@@ -403,9 +414,13 @@ def test_a_folder_that_cannot_be_used_is_refused_with_the_way_out(
     assert said in str(refused.value)
 
 
-def test_nothing_is_exported_over_what_is_there(bundle: Path, exported: Path) -> None:
+def test_nothing_is_exported_over_what_is_there(
+    bundle: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = inventory(exported / "1_Pooling")
-    with pytest.raises(UserError, match="exists: name a folder that does not"):
+    assert main(["export", str(bundle), "--out", str(exported)]) == 2
+    assert "exists: name a folder that does not" in capsys.readouterr().err
+    with pytest.raises(StorageError, match="cannot write"):
         export(load_encoder(str(bundle)), exported)
     assert inventory(exported / "1_Pooling") == before
 

@@ -175,6 +175,24 @@ def test_a_bundle_holds_the_encoder_and_what_its_pixels_are(finished: Finished) 
     assert config["objective"]["encoder"]["mean"] == [0.5]
 
 
+def test_the_card_tells_what_is_seen_data_recipe_figures_and_limits(finished: Finished) -> None:
+    card = (finished.dir / "bundle" / "MODEL_CARD.md").read_text()
+    for told in (
+        "An image encoder pretrained without labels by rayssl: recipe image-tiny, 5 steps of 16",
+        "Seen is the largest square of the middle, in RGB, at 16 x 16 pixels.",
+        "Licence of the data: not given",
+        f"pictures; fingerprint {load_run(finished.dir).manifest.fingerprint}",
+        "| images.views.size | 16 |",
+        "| objective.encoder.width | 4 |",
+        " held-out pictures: triplet loss ",
+        "Knows the subjects of its data and nothing else",
+        f"| mlflow_run | {finished.account['mlflow_run']} |",
+    ):
+        assert told in card, told
+    assert "text." not in card
+    assert str(finished.folder) not in card
+
+
 def test_mlflow_serves_the_encoder_on_a_binary_column(finished: Finished) -> None:
     served = open_client(finished.config.tracking_uri).get_model_version("rayssl-image", "1")
     model = mlflow.pyfunc.load_model(served.source)

@@ -201,6 +201,7 @@ def test_the_card_tells_data_recipe_figures_and_limits(finished: Finished) -> No
         for title in ("Use", "Data", "Recipe", "Held-out figures", "Limits", "Lineage")
     ]
     for told in (
+        "A text is cut to 32 tokens.",
         "Licence of the data: CC0-1.0",
         load_run(finished.dir).manifest.fingerprint,
         "- part-0.jsonl",

@@ -418,6 +418,40 @@ def test_an_altered_artifact_is_refused_even_with_a_fitting_manifest(
         load_encoder(registered.model_uri, store.uri)
 
 
+def test_a_flipped_byte_of_what_the_registry_keeps_is_refused_by_us_and_by_mlflow(
+    made: Made, store: Store
+) -> None:
+    import mlflow.pyfunc
+
+    registered = register(
+        made.directory, tracking_uri=store.uri, run_id=store.run_id, name="flipped", tags=TAGS
+    )
+    weights = resolve(registered.model_uri, store.uri) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+    said = r"model\.safetensors is not what was registered: SHA-256 differs"
+    with pytest.raises(BundleError, match=said):
+        load_encoder(registered.model_uri, store.uri)
+    with pytest.raises(BundleError, match=said):
+        mlflow.pyfunc.load_model(str(weights.parent.parent))
+
+
+def test_an_encoder_is_loaded_where_mlflow_may_neither_unpickle_nor_run_code_of_models(
+    made: Made, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second switch came with MLflow 3.18, which then refuses every `python_function`."""
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    monkeypatch.setenv("MLFLOW_ALLOW_MODEL_CODE_EXECUTION", "false")
+
+    encoder = load_encoder("models:/encoder@candidate", store.uri)
+
+    found = encoder.encode(TEXTS)
+    np.testing.assert_allclose(found, direct_embeddings(made), rtol=1e-5, atol=1e-6)
+    assert all(parameter.requires_grad for parameter in encoder.objective.parameters())
+
+
 def test_an_artifact_with_code_is_refused(made: Made, store: Store) -> None:
     registered = register(
         made.directory, tracking_uri=store.uri, run_id=store.run_id, name="coded", tags=TAGS

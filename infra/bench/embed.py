@@ -4,8 +4,9 @@
 
 The documents are the paragraphs of DATA. The bare loop is `Encoder.encode` on the texts of the
 same units, so on the same batches, in one process with one thread. Both run in turn, several
-times, against one warm local Ray with one worker; medians count. The ratio is what carries over to
-other machines.
+times, against one warm local Ray with one worker; medians count. The ratios are what carries over
+to other machines; that of seconds is of use on an idle machine alone, those of CPU seconds, of
+Ray's workers and of all its processes, on a busy one too.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from infra.bench.measure import in_turn, keep, rates, ratio, wall_seconds
+from infra.bench.measure import Watch, cpu_seconds, in_turn, keep, rates, ratio, wall_seconds
 from pipelines.cluster import cluster
 from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import text_mini
@@ -48,16 +49,26 @@ def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
     ]
     embed(job, 1)  # warms Ray's workers
 
+    watches: list[Watch] = []
+    bare_cpu: list[float] = []
+
     def anew() -> None:
         shutil.rmtree(job.out)
-        embed(job, 1)
+        with Watch() as watch:
+            embed(job, 1)
+        watches.append(watch)
 
-    def bare() -> None:
+    def loop() -> None:
         for unit in texts:
             job.encoder.encode(unit)
 
+    def bare() -> None:
+        bare_cpu.append(cpu_seconds(loop))
+
     what = {"embed": partial(wall_seconds, anew), "bare": partial(wall_seconds, bare)}
     seconds = in_turn(repeats, what)
+    workers_cpu = [watch.cpu_seconds("workers") for watch in watches]
+    all_cpu = [watch.cpu_seconds("workers", "driver", "ray") for watch in watches]
     documents = sum(map(len, texts))
     return {
         "what": "documents to Parquet with one worker, beside the bare Encoder.encode loop",
@@ -68,6 +79,8 @@ def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
         "embed_documents_per_second": rates(documents, seconds["embed"]),
         "bare_documents_per_second": rates(documents, seconds["bare"]),
         "embed_to_bare_seconds_ratio": ratio(seconds["embed"], seconds["bare"]),
+        "workers_to_bare_cpu_ratio": ratio(workers_cpu, bare_cpu),
+        "all_processes_to_bare_cpu_ratio": ratio(all_cpu, bare_cpu),
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import FREE_TO_CHANGE, to_flat, to_record
+from pipelines.config import FREE_TO_CHANGE, RunConfig, to_flat, to_record
 from pipelines.run import Run
 
 SHARDS_LISTED = 20
@@ -33,7 +33,7 @@ def model_card(run: Run, figures: Sequence[str], lineage: dict[str, Any]) -> str
         if name not in FREE_TO_CHANGE and not name.startswith(unused)
     }
     sections = {
-        "Use": _usage(config.register, is_text=run.pieces is not None),
+        "Use": _usage(config, is_text=run.pieces is not None),
         "Data": "\n".join(
             [
                 f"Licence of the data: {config.data_licence or 'not given'}\n",
@@ -55,12 +55,18 @@ def model_card(run: Run, figures: Sequence[str], lineage: dict[str, Any]) -> str
     )
 
 
-def _usage(name: str, *, is_text: bool) -> str:
-    items = '["A sentence to embed."]' if is_text else '[open("picture.png", "rb").read()]'
+def _usage(config: RunConfig, *, is_text: bool) -> str:
+    if is_text:
+        items = '["A sentence to embed."]'
+        seen = f"A text is cut to {config.text.max_length} tokens."
+    else:
+        items = '[open("picture.png", "rb").read()]'
+        size, colours = config.images.views.size, "grey" if config.images.channels == 1 else "RGB"
+        seen = f"Seen is the largest square of the middle, in {colours}, at {size} x {size} pixels."
     return (
         "```python\nfrom pipelines.use.registry import load_encoder\n\n"
-        f'encoder = load_encoder("models:/{name}@champion", "sqlite:///mlflow.db")\n'
-        f"embeddings = encoder.encode({items})  # float32 (items, width)\n```"
+        f'encoder = load_encoder("models:/{config.register}@champion", "sqlite:///mlflow.db")\n'
+        f"embeddings = encoder.encode({items})  # float32 (items, width)\n```\n\n{seen}"
     )
 
 

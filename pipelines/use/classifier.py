@@ -76,26 +76,3 @@ def probabilities(
             found[places] = objective.logits(batch).softmax(dim=1).cpu().numpy()
     objective.train(was_training)
     return found
-
-
-class ServedClassifier:
-    """What MLflow's generic `python_function` flavour calls."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        self._classifier = classifier
-
-    def predict(self, data: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Return label and probabilities for each row of a DataFrame; there are no params.
-
-        Its columns are `text`, of pairs also `text_pair`, or `image`.
-        """
-        del params
-        if self._classifier.takes_pairs:
-            items: list[Any] = list(zip(data["text"], data["text_pair"], strict=True))
-        else:
-            items = list(data["text" if self._classifier.encoder.pieces else "image"])
-        labels, found = self._classifier.predict(items)
-        return [
-            {"label": label, "probabilities": row}
-            for label, row in zip(labels, found.tolist(), strict=True)
-        ]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from pipelines.data.images import USED, ImageConfig, ImageRows
@@ -126,7 +125,7 @@ def _learned_alike(candidate: Encoder, champion: Encoder) -> bool:
 def _compare_images(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Compared:
     """Return how well views are told apart, as the champion's pretraining draws them."""
     encoders = [encoder for encoder in (candidate, champion) if encoder]
-    drawn = _image_config(champion or candidate)
+    drawn = (champion or candidate).image_config
     scores: list[Floats] = []
     for pictures in _galleries(data):
         shown = [_as_shown(encoder, drawn) for encoder in encoders]
@@ -167,13 +166,9 @@ def reciprocal_ranks(views_2BD: Tensor, content_B: NDArray[Any]) -> Floats:
     return np.where(np.isfinite(own_B1[:, 0]), ranks, np.nan)
 
 
-def _image_config(encoder: Encoder) -> ImageConfig:
-    return TypeAdapter(ImageConfig).validate_python(encoder.config["images"], extra="forbid")
-
-
 def _as_shown(encoder: Encoder, drawn: ImageConfig) -> ImageConfig:
     """Return how pairs of views are made as another pretraining draws them, at this one's size."""
-    own = _image_config(encoder)
+    own = encoder.image_config
     views = replace(drawn.views, size=own.views.size)
     return replace(own, views=views, rows="pairs", corruption=0.0)
 

@@ -36,6 +36,8 @@ PREFIX = "rayssl."
 """Of the keys in the schema of a file."""
 QUARANTINED = f"{PREFIX}quarantined"
 """The key, in files of pictures alone, of those that have no embedding."""
+TASKS_PER_WORKER = 16
+"""More tasks cost Ray's time where units are small, fewer leave workers idle at the end."""
 NAMES = pa.schema({"id": pa.string(), "shard": pa.string(), "record": pa.int64()})
 
 
@@ -255,7 +257,7 @@ def _finished(job: EmbedJob) -> dict[int, _Unit]:
 
 def _run(job: EmbedJob, pending: Sequence[int], workers: int) -> None:
     """Write the files of the pending units; what a dead worker had begun is begun again."""
-    size = -(-len(pending) // MAX_READ_TASKS)
+    size = -(-len(pending) // min(MAX_READ_TASKS, TASKS_PER_WORKER * workers))
     tasks = [pending[start : start + size] for start in range(0, len(pending), size)]
     counts = numbered_blocks(tasks).map_batches(
         _write_units,

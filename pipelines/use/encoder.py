@@ -70,10 +70,14 @@ class Encoder:
         return self.pieces
 
     @property
+    def image_config(self) -> ImageConfig:
+        """How an encoder of images was shown its pictures."""
+        return TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
+
+    @property
     def image_rows(self) -> ImageRows:
         """What makes the pixels of an encoder of images."""
-        config = TypeAdapter(ImageConfig).validate_python(self.config["images"], extra="forbid")
-        return ImageRows(config)
+        return ImageRows(self.image_config)
 
     @property
     def max_tokens(self) -> int:

@@ -31,18 +31,16 @@ def export(encoder: Encoder, directory: Path) -> None:
     """Write a folder that transformers and sentence-transformers load; it appears complete.
 
     Raises:
-        UserError: If there is something at the folder's place, the encoder is no BERT or has a
-            head that was not trained, or BertTokenizer would split text otherwise than its
-            vocabulary does.
+        UserError: If the encoder is no BERT or has a head that was not trained, or BertTokenizer
+            would split text otherwise than its vocabulary does.
+        StorageError: If it cannot be written, or is there already.
     """
     objective, vocabulary = encoder.objective, encoder.vocabulary
     if encoder.fresh:
         raise UserError(f"the model came without {encoder.fresh[0]}: there is nothing to export")
     if not isinstance(objective, MaskedLanguage):
-        raise UserError(f"{type(objective).__name__} is no BERT: only text encoders are exported")
+        raise UserError(f"{type(objective).__name__} is no BERT: use --format onnx")
     bert = objective.encoder.config
-    if directory.exists():
-        raise UserError(f"{directory} exists: name a folder that does not, or remove it")
     tokenizer_config = _tokenizer_config(vocabulary, encoder.max_tokens)
     weights = {hf_name(name): tensor.contiguous() for name, tensor in encoder.state.items()}
     records = {

@@ -103,7 +103,7 @@ class PictureInputs:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        found = encoder.image_rows.config
+        found = encoder.image_config
         views = ViewConfig(
             size=found.views.size,
             flip=found.views.flip,

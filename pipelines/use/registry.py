@@ -17,7 +17,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Discriminator, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,9 +27,10 @@ from pipelines.errors import nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import ADVICE, FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
-from pipelines.use.classifier import Classifier, ServedClassifier
+from pipelines.use.classifier import Classifier
 from pipelines.use.encoder import Encoder
 from pipelines.use.hf_layout import hf_sha256, is_hf_layout, read_hf_layout
+from pipelines.use.serving import EXAMPLES, ServedClassifier, ServedEncoder
 from ssl_models import ModelConfig, build_objective
 
 MANIFEST_TAG = "rayssl.manifest_sha256"
@@ -44,12 +44,6 @@ READERS = {
     "images": ("opencv-python-headless", "pillow", "simplejpeg"),
 }
 """Packages that an encoder of a modality needs beside."""
-EXAMPLES: dict[str, tuple[str, str, Any]] = {
-    "text": ("string", "text", "A sentence to embed."),
-    "images": ("binary", "image", b"P5 2 2 255\n\x00\xff\xff\x00"),  # four grey pixels, as PGM
-}
-"""Type and name of the input column, and an input."""
-
 CLASSES = "classes"
 """The key in the config of a bundle that only a classifier has."""
 
@@ -323,6 +317,7 @@ def _register_anew(
 def _save_model(path: Path, bundle_dir: Path, encoder: Encoder, model: Any) -> None:
     """Write the MLflow model directory around a copy of the bundle."""
     import mlflow.pyfunc
+    import pandas  # comes with mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from mlflow.types.schema import Array
@@ -344,7 +339,8 @@ def _save_model(path: Path, bundle_dir: Path, encoder: Encoder, model: Any) -> N
         signature=ModelSignature(
             inputs=Schema([ColSpec(kind, name) for name in columns]), outputs=Schema(outputs)
         ),
-        input_example={name: [example] for name in columns},
+        # Not a dict, which would be served as `inputs`: of those MLflow decodes no base64.
+        input_example=pandas.DataFrame({name: [example] for name in columns}),
         pip_requirements=[_pin(requirement) for requirement in requirements],
     )
     shutil.copytree(bundle_dir, path / BUNDLE_FOLDER)
@@ -355,22 +351,9 @@ def _pin(requirement: str) -> str:
     return f"{requirement}=={importlib.metadata.version(requirement).partition('+')[0]}"
 
 
-class _PyfuncEncoder:
-    """What MLflow's generic `python_function` flavour calls."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-
-    def predict(self, data: Any, params: dict[str, Any] | None = None) -> NDArray[np.float32]:
-        """Embed the column `text` or `image` of a DataFrame, or a list; there are no params."""
-        del params
-        _, column, _ = EXAMPLES[self._encoder.modality]
-        return self._encoder.encode(list(data[column] if hasattr(data, "columns") else data))
-
-
-def _load_pyfunc(path: str) -> _PyfuncEncoder | ServedClassifier:
+def _load_pyfunc(path: str) -> ServedEncoder | ServedClassifier:
     """Load for `mlflow.pyfunc.load_model`, which cannot compare with the version's tag."""
     encoder = load_encoder(str(Path(path, BUNDLE_FOLDER)))
     if CLASSES in encoder.config:
         return ServedClassifier(Classifier(encoder))
-    return _PyfuncEncoder(encoder)
+    return ServedEncoder(encoder)
