@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, TypeAdapter, ValidationError
 
+from pipelines.data.filesystems import holds_secret
 from pipelines.data.images import ImageConfig
 from pipelines.data.manifest import GATES
 from pipelines.data.plan import OrderConfig
@@ -15,6 +16,7 @@ from pipelines.data.shards import SourceConfig
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import DataError, UserError, nearest
+from pipelines.training.mlflow_client import SECRET_IN_URI
 from ssl_models import ObjectiveConfig
 from ssl_models.autoencoder import AutoencoderConfig
 from ssl_models.contrastive import ContrastiveConfig
@@ -69,7 +71,8 @@ class RunConfig:
     register: str = "rayssl-text"
     """Name in the model registry; the new version gets the alias `candidate`."""
     tracking_uri: str = "sqlite:///mlflow.db"
-    """Where MLflow tracks and registers."""
+    """Where MLflow tracks and registers. Name and password of a server come from the environment:
+    MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "rayssl"
     """MLflow experiment."""
     address: str = ""
@@ -95,6 +98,8 @@ class RunConfig:
             raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
         if not MODEL_NAME.fullmatch(self.register):
             raise ValueError(f"register {self.register!r}: use letters, digits, space and _ . -")
+        if holds_secret(self.tracking_uri):
+            raise ValueError(SECRET_IN_URI)
         _check_weights(self)
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")

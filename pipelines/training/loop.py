@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray
@@ -17,7 +17,6 @@ from torch import Tensor
 from pipelines.config import RunConfig
 from pipelines.data.batches import (
     ArrayBatch,
-    Edge,
     Rank,
     RowSource,
     Step,
@@ -29,14 +28,16 @@ from pipelines.data.plan import Cursor
 from pipelines.data.randomness import key
 from pipelines.errors import TrainingError, UserError
 from pipelines.run import Run
-from pipelines.storage import writing
 from pipelines.training.checkpoint import START_DIGEST, Attempt, Commit, CommitLog, Saver, restore
 from pipelines.training.feed import Feed
+from pipelines.training.node_metrics import NodeMeter
+from pipelines.training.spool import SpoolWriter
 from pipelines.training.start import draw
-from pipelines.training.tracking import SpoolWriter
 from ssl_models import build_objective
 from ssl_models.objective import Batch, Objective, StepOutput, joint_loss
 from ssl_models.optim import FlatGradients, build_optimizer, learning_rate
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +88,17 @@ def train_worker(job: Job) -> None:
         TrainingError: If a gradient is not finite; nothing of that step is kept.
     """
     config = job.config
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
     feed: Feed = ray.train.get_dataset_shard("train")
     source = ray.get(job.source_ref)
     learner = build_learner(config, ray.train.torch.get_device())
     log = CommitLog(job.run_dir)
     position = resume(log, feed.attempt, learner)
     saver = Saver(log)
-    meter = Meter(learner, job.run_dir / "spool" / f"{feed.attempt.number:06d}.jsonl", rank)
+    node = NodeMeter(job.run_dir) if context.get_local_rank() == 0 else None
+    spool = job.run_dir / "spool" / f"{feed.attempt.number:06d}.jsonl"
+    meter = Meter(learner, SpoolWriter(spool) if rank == 0 else None, node)
     consumed = Consumed([], np.zeros(len(source.maker.fates), dtype=np.int64))
 
     def save() -> None:
@@ -225,8 +229,7 @@ def advance(
 
     The chained digest takes the slots in slot order, whoever held them.
     """
-    gathered: list[Consumed] = [consumed] * dist.get_world_size()
-    dist.all_gather_object(gathered, consumed)
+    gathered = _gather(consumed)
     digests: list[str] = []
     for parts in zip(*(part.digests for part in gathered), strict=True):
         slots = {slot: digest for part in parts for slot, digest in part.items()}
@@ -251,12 +254,15 @@ def advance(
 
 
 class Meter:
-    """Adds up metrics between two logged steps; rank 0 writes them to the spool."""
+    """Adds up metrics between two logged steps; rank 0, which has the spool, writes them.
 
-    def __init__(self, learner: Learner, spool: Path, rank: int) -> None:
+    One rank of each node has the meter of that node.
+    """
+
+    def __init__(self, learner: Learner, spool: SpoolWriter | None, node: NodeMeter | None) -> None:
         self._config = learner.config
-        self._path = spool
-        self._spool = SpoolWriter(spool) if rank == 0 else None
+        self._spool = spool
+        self._node = node
         self._reset()
 
     def waits(self, stream: Iterable[Step]) -> Iterator[Step]:
@@ -297,9 +303,10 @@ class Meter:
             "data_wait_ratio": self._waited / seconds,
             "learning_rate": learning_rate(self._config.optimizer, step - 1, self._config.steps),
         }
+        for sample in _gather(self._node.sample() if self._node else {}):
+            others |= sample
         if self._spool is not None:
-            with writing(self._path):
-                self._spool.append(step, means | rates | others)
+            self._spool.append(step, means | rates | others)
         self._reset()
 
     def _reset(self) -> None:
@@ -316,9 +323,10 @@ def _sum_over_ranks(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return dict(zip(names, sums, strict=True))
 
 
-def _gather(edges: dict[int, Edge]) -> list[dict[int, Edge]]:
-    gathered = [edges] * dist.get_world_size()
-    dist.all_gather_object(gathered, edges)
+def _gather(part: Part) -> list[Part]:
+    """Return what every rank gives, in order of rank."""
+    gathered = [part] * dist.get_world_size()
+    dist.all_gather_object(gathered, part)
     return gathered
 
 
