@@ -63,20 +63,17 @@ def postgres(*databases: str) -> Iterator[dict[str, str]]:
         folder = Path(name)
         if user:
             shutil.chown(folder, user)
-        data = folder / "data"
-        new = (tools / "initdb", "-D", data, "-U", "rayssl", "-A", "trust", "--no-sync")
-        subprocess.run([*new, "-E", "UTF8"], user=user, cwd=folder, check=True, capture_output=True)
+        new = [tools / "initdb", "-D", folder / "data", "-U", "rayssl", "-A", "trust", "-E", "UTF8"]
+        _run(*new, "--no-sync", user=user)
         settings = ("listen_addresses=", f"unix_socket_directories={folder}", "fsync=off")
         flags = [word for setting in settings for word in ("-c", setting)]
+        words = [tools / "postgres", "-D", folder / "data", *flags]
         with (folder / "log").open("w") as log:
-            words = [tools / "postgres", "-D", data, *flags]
-            server = subprocess.Popen(words, user=user, cwd=folder, stdout=log, stderr=log)
+            server = subprocess.Popen(list(map(str, words)), user=user, stdout=log, stderr=log)
         try:
-            ready = [tools / "pg_isready", "--quiet", "-h", folder]
-            _wait(lambda: subprocess.run(ready, check=False).returncode == 0, server)
+            _wait(lambda: _run(tools / "pg_isready", "-q", "-h", folder) == 0, server)
             for database in databases:
-                made = [tools / "createdb", "-h", folder, "-U", "rayssl", database]
-                subprocess.run(made, check=True)
+                _run(tools / "createdb", "-h", folder, "-U", "rayssl", database)
             yield {
                 database: f"postgresql+psycopg2://rayssl@/{database}?host={folder}"
                 for database in databases
@@ -84,6 +81,12 @@ def postgres(*databases: str) -> Iterator[dict[str, str]]:
         finally:
             server.send_signal(signal.SIGINT)  # a fast shutdown
             server.wait(PATIENCE_SECONDS)
+
+
+def _run(*words: object, user: str | None = None) -> int:
+    return subprocess.run(
+        list(map(str, words)), user=user, cwd="/", check=False, stdout=subprocess.DEVNULL
+    ).returncode
 
 
 def _postgres_tools() -> Path:

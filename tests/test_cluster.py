@@ -187,9 +187,8 @@ def test_a_submitted_job_trains_on_both_nodes(job: dict[str, Any]) -> None:
     assert (verdict.status, verdict.steps) == ("PASS", run.config.steps)
     assert [attempt.workers for attempt in run.log.attempts()] == [WORKERS]
     client = open_client(run.config.tracking_uri)
-    tags = client.get_run(
-        json.loads((run.dir / "account.json").read_text())["mlflow_run"]
-    ).data.tags
+    account = json.loads((run.dir / "account.json").read_text())
+    tags = client.get_run(account["mlflow_run"]).data.tags
     told = [tags[f"rayssl.{name}"] for name in ("submission_id", "git_commit", "git_dirty")]
     assert told == ["job-of-tests", "c0ffee", "true"]
 

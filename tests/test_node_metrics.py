@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pipelines.training import node_metrics
 from pipelines.training.node_metrics import NodeMeter
 from pipelines.training.spool import METRIC_NAME
 
@@ -30,14 +29,14 @@ def test_a_node_is_sampled_at_once_and_then_every_ten_seconds(
     assert 0 < values["system_memory_usage_percentage"] < 100
     assert values["disk_available_megabytes"] > 0
     assert meter.sample() == {}
-    monkeypatch.setattr(node_metrics.time, "monotonic", lambda: meter._due)
+    monkeypatch.setattr("time.monotonic", lambda: meter._due)
     assert of_node(meter.sample()).keys() == values.keys()
 
 
 def test_a_container_without_network_counters_is_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_metrics.psutil, "net_io_counters", lambda: None)
+    monkeypatch.setattr("psutil.net_io_counters", lambda: None)
     assert not [name for name in NodeMeter(tmp_path).sample() if "network" in name]
 
 
