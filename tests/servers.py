@@ -107,7 +107,7 @@ class MlflowServer:
         auth = (
             "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
             f"database_uri = {databases['auth']}\nadmin_username = {USER}\n"
-            "grant_default_workspace_access = false\n"
+            "grant_default_workspace_access = false\nauth_cache_ttl_seconds = 60\n"
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         )
         self._folder = folder
