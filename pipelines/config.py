@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Discriminator, TypeAdapter, ValidationError
 
+from pipelines.data.filesystems import holds_secret
 from pipelines.data.images import ImageConfig
 from pipelines.data.manifest import GATES
 from pipelines.data.plan import OrderConfig
@@ -16,6 +17,7 @@ from pipelines.data.shards import SourceConfig
 from pipelines.data.text_config import TextConfig
 from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import DataError, UserError, nearest
+from pipelines.training.mlflow_client import SECRET_IN_URI
 from ssl_models import ObjectiveConfig
 from ssl_models.autoencoder import AutoencoderConfig
 from ssl_models.contrastive import ContrastiveConfig
@@ -105,7 +107,8 @@ class RunConfig:
     register: str = "rayssl-text"
     """Name in the model registry; the new version gets the alias `candidate`."""
     tracking_uri: str = "sqlite:///mlflow.db"
-    """Where MLflow tracks and registers."""
+    """Where MLflow tracks and registers. Name and password of a server come from the environment:
+    MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "rayssl"
     """MLflow experiment."""
     address: str = ""
@@ -127,10 +130,7 @@ class RunConfig:
         for name in ("steps", "threads_per_worker", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not re.fullmatch(r"[\w-][\w.-]*|", self.name):
-            raise ValueError(f"name {self.name!r}: use letters, digits and _ . - (no leading dot)")
-        if not MODEL_NAME.fullmatch(self.register):
-            raise ValueError(f"register {self.register!r}: use letters, digits, space and _ . -")
+        _check_names(self)
         _check_weights(self)
         for name in ("seed", "stop_on_collapse", "probe_every"):
             if getattr(self, name) < 0:
@@ -161,6 +161,15 @@ class RunConfig:
         if not isinstance(self.objective, MaskedLanguageConfig):
             raise UserError(f"recipe {self.recipe} is of {self.modality}: this is for text")
         return self.objective
+
+
+def _check_names(config: RunConfig) -> None:
+    if not re.fullmatch(r"[\w-][\w.-]*|", config.name):
+        raise ValueError(f"name {config.name!r}: use letters, digits and _ . - (no leading dot)")
+    if not MODEL_NAME.fullmatch(config.register):
+        raise ValueError(f"register {config.register!r}: use letters, digits, space and _ . -")
+    if holds_secret(config.tracking_uri):
+        raise ValueError(SECRET_IN_URI)
 
 
 def _check_weights(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.config import Schedule
 from pipelines.training.checkpoint import Attempt, CommitLog
-from pipelines.training.tracking import SpoolRecord, read_spool
+from pipelines.training.spool import SpoolRecord, read_spool
 from ssl_models.objective import DIAGNOSIS
 
 PLAIN_LINES_EVERY_SECONDS = 10.0

@@ -1,5 +1,6 @@
 """What a user can cause, said in one line: what went wrong, the value, what to do."""
 
+import textwrap
 from collections.abc import Iterable
 
 INTERRUPTED = 130
@@ -41,3 +42,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(choices)}."
+
+
+def brief(error: object, width: int = 120) -> str:
+    """Return the first line of what an error says, cut at a word where it is too wide."""
+    first_line = str(error).strip().partition("\n")[0]
+    return textwrap.shorten(first_line, width, placeholder=" ...")

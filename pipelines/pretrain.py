@@ -5,7 +5,6 @@ on after any interruption, and does nothing but report once all is done.
 """
 
 import json
-import subprocess
 import threading
 import time
 import traceback
@@ -24,13 +23,15 @@ from ray.train.v2.api.config import FailureConfig
 from pipelines.cluster import causes, cluster, unwrap
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.console import Progress, say
-from pipelines.errors import OutageError, TrainingError, UserError
+from pipelines.errors import OutageError, TrainingError, UserError, brief
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
 from pipelines.training.checkpoint import CommitLog
 from pipelines.training.feed import PlannedDataConfig
+from pipelines.training.lineage import code_version, dataset_of, submission_id
 from pipelines.training.loop import Job, load_objective, train_worker
-from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError, read_spool
+from pipelines.training.spool import read_spool
+from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError
 from pipelines.use.bundle import write_bundle
 from pipelines.use.card import model_card
 from pipelines.use.commit_probe import CommitProbe
@@ -44,7 +45,7 @@ CPUS_FOR_DATA = 1
 REGISTRY_TIMEOUT_SECONDS = 120.0
 NOT_EVALUATED = "nothing is held out: the encoder is not evaluated"
 LICENCE_TAG = "rayssl.data_licence"
-TOLD_OF_LINEAGE = ("fingerprint", "seed", "steps", "started_from", "git_commit")
+TOLD_OF_LINEAGE = ("fingerprint", "seed", "steps", "started_from", "git_commit", "git_dirty")
 """Of the lineage, what is a tag of the version too."""
 CURVES = {
     "entropy": "entropy of the prediction",
@@ -177,7 +178,7 @@ def hand_over(
         "steps": run.config.steps,
         "started_from": run.started_from,
         "mlflow_run": run_id,
-        "git_commit": git_commit(),
+        **code_version(),
     }
     if not folder.exists():
         record = to_record(run.config)
@@ -211,7 +212,7 @@ def register_bundle(
         return register(folder, tracking_uri=tracking_uri, run_id=run_id, name=name, tags=tags)
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow at {tracking_uri} did not register {folder} ({error!s:.120}); "
+            f"MLflow at {tracking_uri} did not register {folder} ({brief(error)}); "
             "the bundle is whole: the same command registers it later"
         ) from error
 
@@ -233,9 +234,13 @@ def start_tracking(run: Run) -> Tracker:
     tracker = Tracker(run.dir, config.tracking_uri, config.experiment, run.key, config.name)
     tracker.start()
     tracker.log_params({name: str(value) for name, value in to_flat(to_record(config)).items()})
-    tracker.set_tags(
-        {"rayssl.fingerprint": run.manifest.fingerprint, "rayssl.git_commit": git_commit()}
-    )
+    known = {
+        "fingerprint": run.manifest.fingerprint,
+        "submission_id": submission_id(),
+        **code_version(),
+    }
+    tracker.set_tags({f"rayssl.{name}": value for name, value in known.items() if value})
+    tracker.log_dataset(dataset_of(run.manifest))
     return tracker
 
 
@@ -259,14 +264,6 @@ def describe(run: Run) -> None:
 
 def _holds_out(run: Run) -> bool:
     return run.manifest.records_where("heldout") > 0
-
-
-def git_commit() -> str:
-    """Return the commit of the working directory, or `unknown`."""
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def _steps_made(run: Run) -> int:

@@ -1,6 +1,7 @@
 """Clusters: what is joined, what is refused, and a job on two nodes that a token guards."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ import pytest
 from pipelines.cluster import ClusterError, greet
 from pipelines.errors import UserError
 from pipelines.run import load_run
+from pipelines.training.mlflow_client import open_client
 from pipelines.use.verify import verify
 from tests.command import Command, process
 from tests.corpus import write_corpus
@@ -163,13 +165,18 @@ def job(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     run = ["python", "-m", "pipelines", "pretrain", "text-tiny", "--data", str(corpus)]
     run += ["--runs", str(folder / "runs"), "--name", "two-nodes", "--workers", str(WORKERS)]
     run += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    words = submit(nodes, "--working-dir", str(folder / "code"), "--", *run)
+    code = ["--working-dir", str(folder / "code"), "--submission-id", "job-of-tests"]
+    commit = json.dumps({"env_vars": {"RAYSSL_GIT_COMMIT": "c0ffee-dirty"}})
+    words = submit(nodes, *code, "--runtime-env-json", commit, "--", *run)
     with process(folder, *words, **nodes.environment) as submitted:
         submitted.wait_until(
             lambda: all(of.titled("ray::RayTrainWorker") for of in (nodes.head, nodes.node))
         )
-        code = submitted.wait()
-        return {"code": code, "out": submitted.out, "run": folder / "runs" / "two-nodes"}
+        return {
+            "code": submitted.wait(),
+            "out": submitted.out,
+            "run": folder / "runs" / "two-nodes",
+        }
 
 
 @pytest.mark.slow
@@ -179,6 +186,11 @@ def test_a_submitted_job_trains_on_both_nodes(job: dict[str, Any]) -> None:
     verdict = verify(run)
     assert (verdict.status, verdict.steps) == ("PASS", run.config.steps)
     assert [attempt.workers for attempt in run.log.attempts()] == [WORKERS]
+    client = open_client(run.config.tracking_uri)
+    account = json.loads((run.dir / "account.json").read_text())
+    tags = client.get_run(account["mlflow_run"]).data.tags
+    told = [tags[f"rayssl.{name}"] for name in ("submission_id", "git_commit", "git_dirty")]
+    assert told == ["job-of-tests", "c0ffee", "true"]
 
 
 @pytest.mark.slow

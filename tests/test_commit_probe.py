@@ -17,8 +17,8 @@ from pipelines.recipes import recipe
 from pipelines.run import Run, load_run
 from pipelines.training.checkpoint import Commit
 from pipelines.training.mlflow_client import open_client
+from pipelines.training.spool import read_spool
 from pipelines.training.start import draw
-from pipelines.training.tracking import read_spool
 from pipelines.use import commit_probe
 from pipelines.use.commit_probe import SPOOL_FILE, CommitProbe, bounded
 from pipelines.use.evaluate_images import evaluate_images
@@ -91,7 +91,7 @@ def test_a_commit_that_is_gone_or_too_slow_costs_one_line(
     probe.close()
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("measuring commit 000001-000000010 failed (")
-    assert "model.safetensors" in said
+    assert "step-000000010-000001" in said
     assert said.endswith("): the training goes on without it")
 
     monkeypatch.setattr(commit_probe, "PATIENCE_SECONDS", 0)

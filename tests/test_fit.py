@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError
-from pipelines.training.tracking import read_spool
+from pipelines.training.spool import read_spool
 from pipelines.use.classification_figures import accuracy_interval, figures
 from pipelines.use.classifier import probabilities
 from pipelines.use.encoder import Encoder

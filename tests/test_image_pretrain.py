@@ -30,7 +30,7 @@ from pipelines.recipes import recipe
 from pipelines.run import load_run
 from pipelines.training.loop import load_objective
 from pipelines.training.mlflow_client import open_client
-from pipelines.training.tracking import read_spool
+from pipelines.training.spool import read_spool
 from pipelines.use.evaluate import evaluate
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.hf_export import export

@@ -13,7 +13,7 @@ from pipelines.recipes import recipe
 from pipelines.run import Run, load_run
 from pipelines.training.checkpoint import CommitLog
 from pipelines.training.mlflow_client import open_client
-from pipelines.training.tracking import read_spool
+from pipelines.training.spool import read_spool
 from pipelines.use.verify import verify
 from tests.command import command
 from tests.pictures import write_pictures

@@ -33,7 +33,8 @@ from pipelines.training import loop as training
 from pipelines.training.checkpoint import Commit, CommitLog
 from pipelines.training.loop import Job, train_worker
 from pipelines.training.mlflow_client import open_client
-from pipelines.training.tracking import RUN_KEY_TAG, read_spool
+from pipelines.training.spool import read_spool
+from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.verify import verify
 from tests.command import command
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,6 +143,12 @@ def test_mlflow_has_the_run_with_all_that_belongs_to_it(finished: Finished) -> N
         assert run.data.metrics[name] == pytest.approx(value)
     history = finished.client.get_metric_history(run.info.run_id, "loss")
     assert [point.step for point in history] == list(range(1, 21))
+    assert {"rayssl.git_commit", "rayssl.git_dirty"} <= run.data.tags.keys()
+    assert "rayssl.submission_id" not in run.data.tags  # nobody has submitted it
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.digest == record.manifest.fingerprint[:32]
+    (processor,) = [name for name in run.data.metrics if "cpu_utilization" in name]
+    assert re.fullmatch(r"system/[\w.-]+/cpu_utilization_percentage", processor)
     artifacts = {found.path for found in finished.client.list_artifacts(run.info.run_id, "run")}
     names = ("run.json", "manifest.json", "ledger.json", "tokenizer.json")
     assert artifacts == {f"run/{name}" for name in names}

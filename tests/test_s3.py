@@ -2,18 +2,14 @@
 
 import gzip
 import json
-import logging
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipelines.data.batches import RowSource
 from pipelines.data.fields import field_values
@@ -32,6 +28,7 @@ from pipelines.recipes import recipe
 from tests.command import command
 from tests.corpus import make_text, serial_map
 from tests.pictures import extension, make_picture, make_tar
+from tests.servers import S3_KEYS, s3, s3_client
 
 OPTIONS = "?endpoint_override={}&scheme=http&region=us-east-1"
 SOURCE = SourceConfig(txt_documents="blank-line", heldout_ratio=0.2)
@@ -52,24 +49,10 @@ class Store(NamedTuple):
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Return the address of the server that the tests share."""
-    with pytest.MonkeyPatch.context() as patch, serving() as address:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.MonkeyPatch.context() as patch, s3() as address:
+        for name, value in S3_KEYS.items():
+            patch.setenv(name, value)
         yield address
-
-
-@contextmanager
-def serving() -> Iterator[str]:
-    """Run an S3 server on loopback; yield its address."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    started = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    started.start()
-    host, port = started.get_host_and_port()
-    try:
-        yield f"{host}:{port}"
-    finally:
-        started.stop()
 
 
 @pytest.fixture
@@ -89,7 +72,7 @@ def store(server: str, tmp_path: Path) -> Store:
         (folder / name).write_bytes(data)
     texts = [make_text(i, 9) for i in range(80, 120)]
     pq.write_table(pa.table({"text": texts}), folder / "e.parquet", row_group_size=15)
-    client = boto3.client("s3", endpoint_url=f"http://{server}", region_name="us-east-1")
+    client = s3_client(server)
     client.create_bucket(Bucket="shards")
     for path in folder.rglob("*.*"):
         client.upload_file(path, "shards", f"corpus/{path.relative_to(folder)}")
@@ -134,7 +117,7 @@ def test_pictures_have_the_same_fingerprint_and_rows_on_s3_as_on_disk(
     else:
         column = [{"bytes": data, "path": name} for name, data in pictures.items()]
         pq.write_table(pa.table({"image": column}), folder / "a.parquet", row_group_size=7)
-    client = boto3.client("s3", endpoint_url=f"http://{server}", region_name="us-east-1")
+    client = s3_client(server)
     client.create_bucket(Bucket=form)
     for path in folder.rglob("*.*"):
         client.upload_file(path, form, f"deep er/{path.relative_to(folder)}")
@@ -193,8 +176,8 @@ def test_a_vanished_or_changed_object_is_refused_by_name(store: Store) -> None:
 
 def test_a_store_that_fails_is_an_outage_and_no_harm_to_its_shards(server: str) -> None:
     del server  # for its credentials
-    with serving() as address:
-        client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+    with s3() as address:
+        client = s3_client(address)
         client.create_bucket(Bucket="brief")
         client.put_object(Bucket="brief", Key="a.txt.gz", Body=gzip.compress(b"the tide"))
         manifest = manifest_of(f"s3://brief{OPTIONS.format(address)}")

@@ -7,13 +7,21 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.data.indexing import build
+from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.errors import UserError, brief
+from pipelines.recipes import recipe
+from pipelines.training.lineage import dataset_of
 from pipelines.training.mlflow_client import open_client
-from pipelines.training.tracking import SpoolWriter, Tracker, TrackingError, read_spool
+from pipelines.training.spool import SpoolWriter, read_spool
+from pipelines.training.tracking import Tracker, TrackingError
+from tests.corpus import serial_map
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +218,25 @@ def test_params_that_differ_after_a_restart_become_a_tag(run_dir: Path, store: s
     assert data.tags["who"] == "me"
 
 
+def test_the_data_of_a_run_is_its_input_once(run_dir: Path, store: str, corpus_dir: Path) -> None:
+    manifest = build(find_shards([str(corpus_dir)]), SourceConfig(), serial_map)
+    for _ in range(2):
+        tracker = started(run_dir, store)
+        tracker.log_dataset(dataset_of(manifest))
+        run_id = finished(tracker)
+
+    (logged,) = run_of(store, run_id).inputs.dataset_inputs
+    assert {tag.key: tag.value for tag in logged.tags} == {"mlflow.data.context": "pretraining"}
+    assert (logged.dataset.name, logged.dataset.digest) == (
+        corpus_dir.name,
+        manifest.fingerprint[:32],
+    )
+    assert json.loads(logged.dataset.profile)["records"]["training"]["records"] > 100
+    from mlflow.data import get_source
+
+    assert get_source(logged).uri == str(corpus_dir)
+
+
 def test_artifacts_and_final_metrics(run_dir: Path, store: str, tmp_path: Path) -> None:
     report = tmp_path / "report.txt"
     report.write_text("good")
@@ -252,6 +279,29 @@ def test_a_dead_server_blocks_nobody_and_costs_nothing(
     assert list((tmp_path / "mlartifacts").rglob("report.txt"))
 
 
+def test_a_long_error_is_cut_at_a_word() -> None:
+    told = brief(ValueError("word " * 60 + "\nand more"))
+    assert told == "word " * 23 + "..."
+    assert brief("short\nand more") == "short"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:pa55word@mlflow:5000",
+        "postgresql://me:pa55word@db/mlflow",
+        "http://mlflow?token=pa55word",
+    ],
+)
+def test_a_uri_with_a_password_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+        open_client(uri)
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as invalid:
+        replace(recipe("text-tiny"), tracking_uri=uri)
+    for error in (refused.value, invalid.value):
+        assert "pa55word" not in str(error)
+
+
 def test_a_run_key_with_a_quote_is_refused(run_dir: Path) -> None:
     with pytest.raises(ValueError, match="quote"):
         Tracker(run_dir, "sqlite:///mlflow.db", "experiment", "it's", "a run")
@@ -266,11 +316,15 @@ tracker.start()
 assert tracker.close("FINISHED", 100)
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    stray = tmp_path / "mlruns" / "0" / "meta.yaml"  # which moves MLflow's own default store
+    stray.parent.mkdir(parents=True)
+    stray.write_text("experiment_id: '0'\n")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlruns", "run"]
+    assert [path for path in (tmp_path / "mlruns").rglob("*") if path.is_file()] == [stray]
 
 
 def test_a_process_killed_while_it_makes_the_tables_leaves_no_broken_store(tmp_path: Path) -> None:

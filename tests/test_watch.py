@@ -22,7 +22,7 @@ from pipelines.errors import TrainingError
 from pipelines.pretrain import pretrain
 from pipelines.recipes import recipe
 from pipelines.training.loop import Learner, Meter, build_learner, train_step
-from pipelines.training.tracking import SpoolRecord, read_spool
+from pipelines.training.spool import SpoolRecord, SpoolWriter, read_spool
 from ssl_models.contrastive import Contrastive, ContrastiveConfig
 from ssl_models.contrastive_losses import TripletLossConfig
 from ssl_models.objective import DIAGNOSIS, WATCHED
@@ -67,7 +67,7 @@ def learner(config: RunConfig, *, is_constant: bool) -> Learner:
 
 def trained(config: RunConfig, made: Learner, spool: Path) -> list[SpoolRecord]:
     """Train on views of the same pictures, up to an error; return what was logged."""
-    meter = Meter(made, spool / "0.jsonl", rank=0)
+    meter = Meter(made, SpoolWriter(spool / "0.jsonl"), None)
     with contextlib.suppress(TrainingError):
         for step in range(config.steps):
             meter.add(train_step(made, slots(visit=step), step))
@@ -104,7 +104,7 @@ def test_the_error_tells_name_figures_and_what_to_do(tmp_path: Path) -> None:
         TINY, stop_on_collapse=1, optimizer=replace(TINY.optimizer, learning_rate=1e-9)
     )
     made = learner(config, is_constant=True)
-    meter = Meter(made, tmp_path / "0.jsonl", rank=0)
+    meter = Meter(made, SpoolWriter(tmp_path / "0.jsonl"), None)
     for step in range(WARM_UP + 1):
         meter.add(train_step(made, slots(), step))
     with pytest.raises(TrainingError) as caught:
@@ -130,7 +130,7 @@ def test_only_steps_on_end_are_counted(tmp_path: Path) -> None:
     config = replace(TINY, stop_on_collapse=3, steps=100)  # a warm-up of 10 steps
     made = learner(config, is_constant=True)
     constant = {name: tensor.clone() for name, tensor in made.objective.state_dict().items()}
-    meter = Meter(made, tmp_path / "0.jsonl", rank=0)
+    meter = Meter(made, SpoolWriter(tmp_path / "0.jsonl"), None)
     for step in range(10, 16):
         made.objective.load_state_dict(constant)
         metrics = train_step(made, slots(), step)

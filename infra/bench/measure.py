@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from pipelines.pretrain import git_commit
+from pipelines.training.lineage import code_version
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1
@@ -166,7 +166,7 @@ def keep(name: str, result: dict[str, Any]) -> None:
     today = date.today().isoformat()
     origin = {
         "date": today,
-        "commit": git_commit(),
+        "commit": code_version()["git_commit"],
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores",
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "versions": {p: version(p) for p in PACKAGES},

@@ -73,12 +73,17 @@ def parse(name: str) -> Place:
     scheme, host, path, options = match.groups(default="")
     if scheme == "file":
         return Place("", os.path.abspath(f"/{path}").lstrip("/"), "")
-    if _SECRET.search(name):
+    if holds_secret(name):
         raise UserError(
             f"{scheme}://...: credentials in a URI would be recorded with the run; give them in "
             "the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3)"
         )
     return Place(f"{scheme}://{host}", path.rstrip("/"), options)
+
+
+def holds_secret(uri: str) -> bool:
+    """Return whether a URI seems to hold a password, a key or a token."""
+    return _SECRET.search(uri) is not None
 
 
 def find_files(pattern: str, wanted: Callable[[str], bool]) -> Iterator[File]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray
@@ -17,7 +17,6 @@ from torch import Tensor
 from pipelines.config import RunConfig, Schedule
 from pipelines.data.batches import (
     ArrayBatch,
-    Edge,
     Rank,
     RowSource,
     Step,
@@ -29,14 +28,16 @@ from pipelines.data.plan import Cursor
 from pipelines.data.randomness import key
 from pipelines.errors import TrainingError, UserError
 from pipelines.run import Run
-from pipelines.storage import writing
 from pipelines.training.checkpoint import START_DIGEST, Attempt, Commit, CommitLog, Saver, restore
 from pipelines.training.feed import Feed
+from pipelines.training.node_metrics import NodeMeter
+from pipelines.training.spool import SpoolWriter
 from pipelines.training.start import draw
-from pipelines.training.tracking import SpoolWriter
 from ssl_models import build_objective
 from ssl_models.objective import DIAGNOSIS, WATCHED, Batch, Objective, StepOutput, joint_loss
 from ssl_models.optim import FlatGradients, build_optimizer, learning_rate
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +89,17 @@ def train_worker(job: Job) -> None:
             has collapsed for `stop_on_collapse` logged steps.
     """
     config = job.config
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
     feed: Feed = ray.train.get_dataset_shard("train")
     source = ray.get(job.source_ref)
     learner = build_learner(config, ray.train.torch.get_device())
     log = CommitLog(job.run_dir)
     position = resume(log, feed.attempt, learner)
     saver = Saver(log)
-    meter = Meter(learner, job.run_dir / "spool" / f"{feed.attempt.number:06d}.jsonl", rank)
+    node = NodeMeter(job.run_dir) if context.get_local_rank() == 0 else None
+    spool = job.run_dir / "spool" / f"{feed.attempt.number:06d}.jsonl"
+    meter = Meter(learner, SpoolWriter(spool) if rank == 0 else None, node)
     consumed = Consumed([], np.zeros(len(source.maker.fates), dtype=np.int64))
 
     def save() -> None:
@@ -235,8 +239,7 @@ def advance(
 
     The chained digest takes the slots in slot order, whoever held them.
     """
-    gathered: list[Consumed] = [consumed] * dist.get_world_size()
-    dist.all_gather_object(gathered, consumed)
+    gathered = _gather(consumed)
     digests: list[str] = []
     for parts in zip(*(part.digests for part in gathered), strict=True):
         slots = {slot: digest for part in parts for slot, digest in part.items()}
@@ -261,17 +264,17 @@ def advance(
 
 
 class Meter:
-    """Adds up metrics between two logged steps; rank 0 writes them to the spool.
+    """Adds up metrics between two logged steps; rank 0, which has the spool, writes them.
 
-    What the objective finds wrong after the warm-up is one of them: `diagnosis/NAME`, for how many
-    logged steps of this attempt on end.
+    One rank of each node has the meter of that node. What the objective finds wrong after the
+    warm-up is a metric too: `diagnosis/NAME`, for how many logged steps of this attempt on end.
     """
 
-    def __init__(self, learner: Learner, spool: Path, rank: int) -> None:
+    def __init__(self, learner: Learner, spool: SpoolWriter | None, node: NodeMeter | None) -> None:
         self._config, self._objective = learner.config, learner.objective
         self._ill = 0
-        self._path = spool
-        self._spool = SpoolWriter(spool) if rank == 0 else None
+        self._spool = spool
+        self._node = node
         self._reset()
 
     def waits(self, stream: Iterable[Step]) -> Iterator[Step]:
@@ -320,9 +323,10 @@ class Meter:
             "data_wait_ratio": self._waited / seconds,
             "learning_rate": learning_rate(self._config.optimizer, step - 1, self._config.steps),
         }
+        for sample in _gather(self._node.sample() if self._node else {}):
+            others |= sample
         if self._spool is not None:
-            with writing(self._path):
-                self._spool.append(step, means | rates | others | diagnosis)
+            self._spool.append(step, means | rates | others | diagnosis)
         self._reset()
         if 0 < self._config.stop_on_collapse <= self._ill:
             figures = (
@@ -350,9 +354,10 @@ def _sum_over_ranks(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return dict(zip(names, sums, strict=True))
 
 
-def _gather(edges: dict[int, Edge]) -> list[dict[int, Edge]]:
-    gathered = [edges] * dist.get_world_size()
-    dist.all_gather_object(gathered, edges)
+def _gather(part: Part) -> list[Part]:
+    """Return what every rank gives, in order of rank."""
+    gathered = [part] * dist.get_world_size()
+    dist.all_gather_object(gathered, part)
     return gathered
 
 

@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.filesystems import holds_secret
+from pipelines.errors import UserError
+
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its own 7 retries block for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -19,13 +22,22 @@ MLFLOW_DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 SQLITE_PREFIX = "sqlite:///"
+SECRET_IN_URI = (
+    "a tracking URI with a password would be recorded with the run: leave it out there, and set "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGPASSWORD for a database)"
+)
 
 
 def open_client(tracking_uri: str) -> Any:
     """Return an `MlflowClient` of this store; what the environment sets wins over our defaults.
 
     mlflow is imported here, not at the top: that takes seconds.
+
+    Raises:
+        UserError: If the URI holds a password.
     """
+    if holds_secret(tracking_uri):
+        raise UserError(SECRET_IN_URI)
     for name, value in MLFLOW_DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)

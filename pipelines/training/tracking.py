@@ -11,18 +11,16 @@ times. MLflow's SQL store ignores a point that it already has, so sending again 
 import copy
 import json
 import logging
-import math
-import os
-import re
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, brief
+from pipelines.training.lineage import Dataset
 from pipelines.training.mlflow_client import open_client, sqlite_path
+from pipelines.training.spool import SpoolRecord, SpoolWriter, read_spool
 
 logger = logging.getLogger(__name__)
 
@@ -36,87 +34,12 @@ CLOSING_WAIT_SECONDS = 1.0
 MAX_METRICS_PER_BATCH = 1000  # what MLflow takes in one request
 MAX_PARAM_CHARACTERS = 6000  # MLflow cuts longer values without a word
 FINAL_FILE = "final.jsonl"  # of the driver; sorts behind the numbered attempts
-METRIC_NAME = re.compile(r"\w[\w.\- :]*(/\w[\w.\- :]*)*")
 
 
 class TrackingError(UserError):
     """MLflow did not answer where an answer was needed; exit code 75: try again later."""
 
     exit_code = 75
-
-
-class SpoolWriter:
-    """Appends logged steps to one file; used by one process, rank 0 of one attempt."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b", buffering=0)
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # a killed process left half a line
-                self._file.write(b"\n")
-
-    def append(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line, timed now; it survives the death of the process.
-
-        Raises:
-            ValueError: If MLflow would refuse the name of a metric.
-        """
-        for name in metrics:
-            if not METRIC_NAME.fullmatch(name):
-                raise ValueError(
-                    f"metric name {name!r} is not accepted by MLflow: use letters, digits and "
-                    "_ . - : space, with / between parts"
-                )
-        values = {
-            name: float(value) if math.isfinite(value) else str(float(value))  # JSON has no NaN
-            for name, value in metrics.items()
-        }
-        line = {"step": step, "timestamp_ms": time.time_ns() // 1_000_000, "metrics": values}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class SpoolRecord(NamedTuple):
-    """One logged step, and where it ends in its file."""
-
-    attempt: str
-    end_offset: int
-    step: int
-    timestamp_ms: int
-    metrics: dict[str, float]
-
-
-def read_spool(spool_dir: Path, offsets: dict[str, int]) -> list[SpoolRecord]:
-    """Return what was logged behind `offsets` (file name -> bytes), oldest attempt first.
-
-    A half-written last line is left for the next time; a broken line with others behind it, the
-    last word of a killed process, is skipped.
-    """
-    records = []
-    for path in sorted(spool_dir.glob("*.jsonl")):
-        end = offsets.get(path.name, 0)
-        with path.open("rb") as file:
-            file.seek(end)
-            lines = file.read().splitlines(keepends=True)
-        for line in lines:
-            end += len(line)
-            if line.endswith(b"\n") and (record := _parse_line(path.name, end, line)):
-                records.append(record)
-    return records
-
-
-def _parse_line(attempt: str, end_offset: int, line: bytes) -> SpoolRecord | None:
-    try:
-        fields = json.loads(line)
-        metrics = {name: float(value) for name, value in fields["metrics"].items()}
-        return SpoolRecord(attempt, end_offset, fields["step"], fields["timestamp_ms"], metrics)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        logger.warning("%s: skipped a broken line that ends at byte %d", attempt, end_offset)
-        return None
 
 
 def _chunks(records: list[SpoolRecord]) -> Iterator[list[SpoolRecord]]:
@@ -244,6 +167,10 @@ class Tracker:
         """Set tags of the run."""
         self._queue(kind="tags", values=tags)
 
+    def log_dataset(self, dataset: Dataset) -> None:
+        """Log the data that the run is pretrained on as its input, once."""
+        self._queue(kind="dataset", values=asdict(dataset))
+
     def log_artifact(self, path: Path, folder: str) -> None:
         """Upload a file or directory into a folder of the run; it must stay until it was sent."""
         self._queue(kind="artifact", path=str(path.resolve()), folder=folder)
@@ -291,8 +218,7 @@ class Tracker:
                 self._abandoned.wait(CLOSING_WAIT_SECONDS)
 
     def _note(self, error: Exception, *, is_first: bool) -> None:
-        first_line = str(error).strip().partition("\n")[0]
-        self._last_error = f"{type(error).__name__}: {first_line:.120}"
+        self._last_error = f"{type(error).__name__}: {brief(error)}"
         if is_first:
             logger.warning(
                 "MLflow at %s: %s; the run goes on, what it logs waits in %s",
@@ -369,12 +295,14 @@ class Tracker:
                     self._deliver_params(entry["values"])
                 case "tags":
                     self._deliver_tags(entry["values"])
+                case "dataset":
+                    self._deliver_dataset(entry["values"])
                 case "artifact":
                     self._client.log_artifact(self._run_id, entry["path"], entry["folder"])
         except (FileNotFoundError, MlflowException) as error:
             if getattr(error, "error_code", "") not in ("", "INVALID_PARAMETER_VALUE"):
                 raise
-            logger.warning("dropped %s of the MLflow run: %s", entry["kind"], error)
+            logger.warning("dropped %s of the MLflow run: %s", entry["kind"], brief(error))
 
     def _deliver_params(self, params: dict[str, str]) -> None:
         from mlflow.entities import Param
@@ -396,3 +324,10 @@ class Tracker:
 
         run_tags = [RunTag(name, value) for name, value in tags.items()]
         self._client.log_batch(self._run_id, tags=run_tags, synchronous=True)
+
+    def _deliver_dataset(self, values: dict[str, str]) -> None:
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput, InputTag
+
+        context = InputTag("mlflow.data.context", "pretraining")
+        self._client.log_inputs(self._run_id, [DatasetInput(Entity(**values), [context])])

@@ -15,10 +15,10 @@ import torch
 from pipelines.cluster import unwrap
 from pipelines.console import say
 from pipelines.data.manifest import Manifest
-from pipelines.errors import DataError
+from pipelines.errors import DataError, brief
 from pipelines.run import Run
 from pipelines.training.checkpoint import Commit
-from pipelines.training.tracking import SpoolWriter, read_spool
+from pipelines.training.spool import SpoolWriter, read_spool
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
 from ssl_models import build_objective
@@ -79,8 +79,7 @@ class CommitProbe:
             writer.append(self._measured.step, metrics)
             writer.close()
         except Exception as error:  # the training does without these figures
-            said = str(unwrap(error)).strip().splitlines()[-1:]
-            self._tell(f"failed ({': '.join(said):.200})")
+            self._tell(f"failed ({brief(unwrap(error))})")
 
     def _tell(self, what: str) -> None:
         assert self._measured is not None

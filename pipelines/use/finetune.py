@@ -31,12 +31,12 @@ from pipelines.console import Progress, say
 from pipelines.errors import TrainingError, UserError
 from pipelines.pretrain import (
     REGISTRY_TIMEOUT_SECONDS,
-    git_commit,
     register_bundle,
     root_cause,
     watched,
 )
 from pipelines.storage import held, write_file, write_folder, write_json
+from pipelines.training.lineage import code_version
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker
 from pipelines.use.bundle import write_bundle
 from pipelines.use.classification_figures import ClassificationFigures, figures
@@ -267,7 +267,7 @@ def _write_bundle(
         "seed": asked.training.seed,
         "steps": fitted.step,
         "mlflow_run": place.tracker.run_id,
-        "git_commit": git_commit(),
+        **code_version(),
     }
     card = (
         f"# {register_name(asked, origin.model)}\n\nTells {asked.source.labels!r} of its input, "

@@ -22,7 +22,7 @@ from pipelines.data.batches import ArrayBatch
 from pipelines.data.plan import OrderConfig
 from pipelines.data.randomness import key, permutation
 from pipelines.training.loop import Learner, Meter, train_step
-from pipelines.training.tracking import SpoolWriter
+from pipelines.training.spool import SpoolWriter
 from pipelines.use.classifier import probabilities
 from pipelines.use.encoder import Encoder
 from pipelines.use.finetune_config import FinetuneConfig
@@ -137,7 +137,7 @@ def fit(task: FitTask, device: torch.device, spool: Path) -> Fitted:
     objective = task.build().to(device)
     optimizer = build_optimizer(objective, schedule.optimizer)
     learner = Learner(schedule, device, objective, optimizer, FlatGradients(objective))
-    meter = Meter(learner, spool / "000001.jsonl", rank)
+    meter = Meter(learner, SpoolWriter(spool / "000001.jsonl") if rank == 0 else None, None)
     log = SpoolWriter(spool / "validation.jsonl") if rank == 0 else None
     examples = _Examples(task)
     judge = _Judge(task, rank, size)

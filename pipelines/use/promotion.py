@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipelines.data.manifest import Manifest
-from pipelines.errors import UserError
+from pipelines.errors import UserError, brief
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import TrackingError
 from pipelines.use.compare_models import compare
@@ -221,7 +221,7 @@ def answered(tracking_uri: str) -> Iterator[Any]:
         yield client
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow at {tracking_uri}: {error!s:.160}; the same command goes on once it answers"
+            f"MLflow at {tracking_uri}: {brief(error)}; the same command goes on once it answers"
         ) from error
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipelines.config import MODEL_NAME
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.errors import nearest
+from pipelines.errors import brief, nearest
 from pipelines.training.mlflow_client import open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import ADVICE, FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
@@ -129,7 +129,8 @@ def _build(
         raise BundleError(f"config.json: {where}: {first['msg']}") from error
     except RuntimeError as error:
         what = " ".join(str(error).split())  # torch lists every tensor on a line of its own
-        raise BundleError(f"model.safetensors does not fit config.json: {what:.200}") from error
+        said = brief(what, 200)
+        raise BundleError(f"model.safetensors does not fit config.json: {said}") from error
     return Encoder(config, vocabulary, objective.eval(), tuple(fresh))
 
 
@@ -196,7 +197,7 @@ def _find_version(uri: str, tracking_uri: str) -> Any:
         return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise BundleError(f"{uri}: MLflow did not answer: {error!s:.120}") from error
+            raise BundleError(f"{uri}: MLflow did not answer: {brief(error)}") from error
     names = {model.name: model for model in client.search_registered_models()}
     if not names:
         raise BundleError(f"{uri}: no model is registered yet; register one")
