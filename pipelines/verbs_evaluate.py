@@ -52,6 +52,8 @@ class Evaluate:
         evaluation: Evaluation | ImageEvaluation | LabelEvaluation
         if self.labels:
             evaluation = self._of_labels()
+        elif self.test:
+            raise UserError("--test is what is asked of a probe: name a field with --labels")
         else:
             evaluation = self._of_model() if is_model(self.name) else self._of_run()
         print("\n".join(evaluation.lines()))
