@@ -40,6 +40,7 @@ from pipelines.use.probe import (
 from ssl_models import build_objective
 from ssl_models.classification import ClassificationConfig
 from ssl_models.resnet import ResNetConfig
+from tests.bundles import image_bundle
 from tests.corpus import make_text, serial_map
 from tests.pictures import SHAPES, extension, make_picture, make_tar, write_pictures
 
@@ -333,6 +334,9 @@ def test_what_only_a_probe_is_told_is_refused_without_labels(
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "r", "--data", "a.tar", "--test", "b.tar"]) == 2
     assert "--test is what is asked of a probe: name a field" in capsys.readouterr().err
+    model = image_bundle(tmp_path / "model")
+    assert main(["evaluate", str(model), "--data", "a.tar"]) == 2
+    assert "model is an encoder of images without what trained" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ray_session")
