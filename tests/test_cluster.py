@@ -83,7 +83,7 @@ def test_a_local_ray_that_does_not_start_is_one_line(tmp_path: Path) -> None:
         assert refused.wait() == 75
         (line,) = refused.err
     assert line.startswith("rayssl: a local Ray does not start: ")
-    assert line.endswith("; mend it or try again")
+    assert line.endswith("; mend that, or try again")
 
 
 # Two nodes on this machine
