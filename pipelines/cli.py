@@ -55,23 +55,23 @@ GOES_ON = {
 
 HELP = """usage: rayssl VERB [flags] [--json]
 
-  samples    fetch real text or pictures and write them as raw shards
-  index      read raw shards once and say what is in them
-  vocab      train a vocabulary on raw shards
-  preview    show what the model will see, before any training
-  pretrain   pretrain an encoder on raw shards, evaluate and register it
-  evaluate   measure a run or a model on documents that it was not trained on
-  embed      embed the documents of raw shards into Parquet files with ids
-  duplicates find near-duplicates by embeddings, and what to drop
-  nearest    show which items of an index are most like a text or a picture
-  finetune   fine-tune an encoder on labels, measure and register it
+  samples      fetch real text or pictures and write them as raw shards
+  index        read raw shards once and say what is in them
+  vocab        train a vocabulary on raw shards
+  preview      show what the model will see; of pictures in preview-RECIPE.png
+  pretrain     pretrain an encoder on raw shards, evaluate and register it
+  evaluate     measure a run or a model on what it was not trained on, or by labels
+  embed        embed what raw shards hold into Parquet files with ids
+  duplicates   find near-duplicates by embeddings, and what to drop
+  nearest      show which items of an index are most like a text or a picture
+  finetune     fine-tune an encoder on labels, measure and register it
   label-table  compare it with the same net from scratch and a linear model
-  fill-mask  show what an encoder puts in the place of [MASK]
-  export     write an encoder as transformers loads it, or as an ONNX graph
-  verify     make every batch of a run anew and compare it with what was consumed
-  promote    compare a candidate with the champion; promote it if it is no worse
-  rollback   make the previous champion champion again
-  models     list registered models, their aliases, figures and what the gate said
+  fill-mask    show what an encoder puts in the place of [MASK]
+  export       write an encoder as transformers loads it, or as an ONNX graph
+  verify       make every batch of a run anew and compare it with what was consumed
+  promote      compare a candidate with the champion; promote it if it is no worse
+  rollback     make the previous champion champion again
+  models       list registered models, their aliases, figures and what the gate said
 
 rayssl VERB --help tells more. --json prints one JSON object as the last line, of an
 error too.

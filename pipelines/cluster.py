@@ -123,6 +123,11 @@ def _start(num_cpus: int, verbose: bool) -> None:
         )
     except SystemExit as error:  # how Ray answers a SIGTERM while it starts
         raise KeyboardInterrupt from error
+    except Exception as error:  # of many kinds: no room, too long a path, a machine too busy
+        said = str(error).strip().partition("\n")[0]
+        raise ClusterError(
+            f"a local Ray does not start: {said}; mend that, or try again"
+        ) from error
 
 
 def _join(address: str, num_cpus: int, verbose: bool) -> None:

@@ -10,6 +10,9 @@ from pipelines.training.spool import SpoolRecord, read_spool
 from ssl_models.objective import DIAGNOSIS
 
 PLAIN_LINES_EVERY_SECONDS = 10.0
+SAID_AFTER = 5
+"""Logged steps on end that something has to go wrong for before it is said: sound runs have single
+ones."""
 
 
 def say(line: str) -> None:
@@ -72,12 +75,14 @@ class Progress:
 
 
 def _found_ill(record: SpoolRecord, limit: int) -> list[str]:
-    """Return what a logged step says to go wrong, where the one before it said nothing."""
+    """Return what a logged step says to go wrong, once it has done so for a while."""
+    after = min(SAID_AFTER, limit // 2 or SAID_AFTER)
     what_follows = f"; the run stops if it does for {limit} logged steps on end" if limit else ""
     return [
-        f"step {record.step}: the encoder shows {name.removeprefix(DIAGNOSIS)}{what_follows}"
+        f"step {record.step}: the encoder shows {name.removeprefix(DIAGNOSIS)}, for {after} logged "
+        f"steps now{what_follows}"
         for name, logged in record.metrics.items()
-        if name.startswith(DIAGNOSIS) and logged == 1
+        if name.startswith(DIAGNOSIS) and logged == after
     ]
 
 

@@ -52,6 +52,8 @@ class Evaluate:
         evaluation: Evaluation | ImageEvaluation | LabelEvaluation
         if self.labels:
             evaluation = self._of_labels()
+        elif self.test:
+            raise UserError("--test is what is asked of a probe: name a field with --labels")
         else:
             evaluation = self._of_model() if is_model(self.name) else self._of_run()
         print("\n".join(evaluation.lines()))
@@ -64,7 +66,11 @@ class Evaluate:
         if not self.data:
             raise UserError(f"{self.name} holds no data to measure it on: name some with --data")
         encoder = load_encoder(self.name, self.tracking_uri)
-        _ = encoder.vocabulary  # refused before anything is read, if it is not of text
+        if encoder.modality == "images":
+            raise UserError(
+                f"{self.name} is an encoder of images without what trained it: measure it by "
+                "--labels, or its run by name"
+            )
         with self._held_out(encoder.modality) as manifest:
             return evaluate_encoder(encoder, manifest)
 

@@ -30,7 +30,8 @@ class Duplicates:
     top: int = 20
     """How many pairs to show, on the sheet too."""
     id_field: str = ""
-    """Field of a record that holds its id; without one an id is SHARD:RECORD, counted from 0."""
+    """Field of a record that holds its id; without one an id is SHARD:RECORD, counted from 0, or
+    the path of a loose picture."""
     workers: int = 2
     """Processes that hold the encoder, one CPU each."""
     tracking_uri: str = "sqlite:///mlflow.db"

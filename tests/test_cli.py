@@ -110,6 +110,9 @@ def test_the_help_tells_of_every_verb(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
     assert listed == list(VERBS)
+    column = 4 + max(map(len, VERBS))
+    assert all(line[column - 1] == " " != line[column] for line in lines if line[:2] == "  ")
+    assert all(len(line) <= 88 for line in lines)
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

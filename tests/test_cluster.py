@@ -75,6 +75,19 @@ def test_where_no_cluster_runs_none_is_joined(tmp_path: Path) -> None:
     assert line.startswith("rayssl: no Ray cluster runs on this machine, where 'auto' looks")
 
 
+def test_a_local_ray_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)  # its sockets have room for 107 bytes
+    folder.mkdir()
+    settings = {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    (tmp_path / "a.txt").write_text("Words.")
+    rayssl = (sys.executable, "-m", "pipelines")
+    with process(tmp_path, *rayssl, "index", "a.txt", **settings) as refused:
+        assert refused.wait() == 75
+        (line,) = refused.err
+    assert line.startswith("rayssl: a local Ray does not start: ")
+    assert line.endswith("; mend that, or try again")
+
+
 # Two nodes on this machine
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -18,12 +20,12 @@ from pipelines.cli import main
 from pipelines.config import to_record
 from pipelines.data.indexing import build
 from pipelines.data.randomness import draws, key
+from pipelines.data.records import Modality
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import UserError
 from pipelines.recipes import recipe
 from pipelines.training.start import draw, untrained
-from pipelines.use.baselines import NUM_RESAMPLES
 from pipelines.use.bundle import write_bundle
 from pipelines.use.encoder import Encoder
 from pipelines.use.evaluate_labels import LabelEvaluation, evaluate_labels
@@ -35,6 +37,10 @@ from pipelines.use.probe import (
     nearest_neighbours,
     stratified,
 )
+from ssl_models import build_objective
+from ssl_models.classification import ClassificationConfig
+from ssl_models.resnet import ResNetConfig
+from tests.bundles import image_bundle
 from tests.corpus import make_text, serial_map
 from tests.pictures import SHAPES, extension, make_picture, make_tar, write_pictures
 
@@ -149,19 +155,27 @@ def test_the_strength_is_chosen_on_the_items_kept_aside() -> None:
     assert right > 0.95
 
 
-def test_the_paired_interval_is_that_of_a_bootstrap_by_hand() -> None:
+@pytest.mark.parametrize("apart", [0.0, 0.1])
+def test_an_interval_holds_the_truth_19_times_in_20_however_far_seeds_are_apart(
+    apart: float,
+) -> None:
     dice = np.random.default_rng(5)
-    first, second = (dice.random((3, 200)) < share for share in (0.8, 0.7))
-    difference = first.astype(np.int8) - second.astype(np.int8)
-    low, high = interval(difference)
+    held = 0
+    for _ in range(300):
+        ability = 0.7 + apart * (dice.random(3) - 0.5)  # of seeds, around the truth
+        low, high = interval((dice.random((3, 1000)) < ability[:, None]).astype(np.int8))
+        held += low <= 0.7 <= high
+    assert 0.92 <= held / 300 <= 1
 
-    again = np.random.default_rng(6)
-    means = []
-    for _ in range(NUM_RESAMPLES):
-        seeds, items = again.integers(3, size=3), again.integers(200, size=200)
-        right = [[int(part[s, i]) for s in seeds for i in items] for part in (first, second)]
-        means.append((sum(right[0]) - sum(right[1])) / 600)
-    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+
+def test_the_paired_interval_is_narrow_where_two_methods_err_alike() -> None:
+    dice = np.random.default_rng(5)
+    difficulty = dice.random(400)
+    first, second = ((difficulty < share) * np.ones((3, 1)) for share in (0.8, 0.75))
+    low, high = interval(first - second)
+    assert 0.01 < low < float((first - second).mean()) < high < 0.08
+    one = interval(first)
+    assert high - low < 0.7 * (one[1] - one[0])
 
 
 def test_an_interval_has_the_width_that_items_and_seeds_give_it() -> None:
@@ -171,7 +185,10 @@ def test_an_interval_has_the_width_that_items_and_seeds_give_it() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(400), rel=0.1)
     assert interval(np.repeat(alone, 3, axis=0)) == pytest.approx((low, high), abs=0.01)
     apart = np.repeat(np.array([[0], [1], [1]]), 400, axis=1)
-    assert interval(apart) == (0.0, 1.0)  # seeds that disagree are in it, too
+    low, high = interval(apart)  # seeds that disagree are in it, too
+    half = 4.303 * math.sqrt((2 / 9 * 3 / 2) / 3)  # t of two degrees of freedom
+    assert ((low + high) / 2, (high - low) / 2) == pytest.approx((2 / 3, half), rel=1e-3)
+    assert interval(np.ones((3, 400))) == (1.0, 1.0)
 
 
 def image_encoder(seed: int = 7) -> Encoder:
@@ -181,7 +198,8 @@ def image_encoder(seed: int = 7) -> Encoder:
 
 def parts_of(folder: Path, heldout_ratio: float = 0.2) -> tuple[Part, Part]:
     source = SourceConfig(heldout_ratio=heldout_ratio)
-    manifest = build(find_shards([str(folder)]), source, serial_map)
+    modality: Modality = "images" if [*folder.glob("*.parquet")] else "text"
+    manifest = build(find_shards([str(folder)]), source, serial_map, modality)
     return Part(manifest, "training"), Part(manifest, "heldout")
 
 
@@ -214,11 +232,23 @@ def test_the_untrained_encoder_is_what_a_run_of_that_seed_starts_with() -> None:
     assert any(not torch.equal(tensor, states[0][name]) for name, tensor in other.items())
 
 
+def test_what_was_fine_tuned_has_an_untrained_one_too() -> None:
+    config = ClassificationConfig(encoder=ResNetConfig(width=4), num_classes=2)
+    objective = build_objective(config)
+    encoder = Encoder({"objective": dataclasses.asdict(config)}, None, objective)
+    fresh = untrained(encoder, 0)
+    assert fresh.state.keys() == encoder.state.keys()
+    assert fresh.dimension == encoder.dimension
+
+
 def test_every_figure_is_there_and_what_was_left_out_is_said(evaluation: LabelEvaluation) -> None:
     metrics, lines = evaluation.metrics(), evaluation.lines()
     json.dumps(metrics, allow_nan=False)
     assert (evaluation.num_classes, evaluation.num_labelled) == (len(SHAPES), 150)
     assert 30 < evaluation.num_test < 70
+    for name, value in metrics.items():
+        if name.endswith(("_low", "_high")):
+            assert (-1 if "_less_" in name else 0) <= value <= 1
     for probe in ("linear", "knn"):
         found = {kind: metrics[f"probe/{probe}/{kind}"] for kind in ("encoder", "raw", "untrained")}
         for kind in ("raw", "untrained"):
@@ -268,8 +298,19 @@ def test_what_cannot_be_told_apart_says_so_in_one_line(pictures: Path, tmp_path:
             members += [(f"{i:03}.cls", labels or b"%d" % (i % 20))]
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.tar").write_bytes(make_tar(members))
-    (tmp_path / "text.txt").write_text("Words.")
+    (tmp_path / "long").mkdir()
+    lines = [json.dumps({"text": make_text(i, 90)}) for i in range(20)]
+    (tmp_path / "long" / "x.jsonl").write_text("\n".join(lines))
+    table = pa.table({"image": [make_picture(i) for i in range(20)]})
+    (tmp_path / "columns").mkdir()
+    pq.write_table(table, tmp_path / "columns" / "x.parquet")
     refused = {
+        "'text' holds '.*'... of .* characters, which is no label: name another field": (
+            (parts_of(tmp_path / "long"), "text", 9, 1)
+        ),
+        "no column 'cls' of .* choose one with --labels or": (
+            (parts_of(tmp_path / "columns"), "cls", 9, 1)
+        ),
         "none of .* records has a string or whole number 'class'": (parts, "class", 9, 1),
         "num-labelled must be in 1..1[0-9]{2}, the training pictures with a 'cls', got 900": (
             (parts, "cls", 900, 1)
@@ -285,6 +326,17 @@ def test_what_cannot_be_told_apart_says_so_in_one_line(pictures: Path, tmp_path:
     for message, (both, labels_of, count, seeds) in refused.items():
         with pytest.raises(UserError, match=message):
             evaluate_labels(image_encoder(), *both, labels_of, count, seeds)
+
+
+def test_what_only_a_probe_is_told_is_refused_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "r", "--data", "a.tar", "--test", "b.tar"]) == 2
+    assert "--test is what is asked of a probe: name a field" in capsys.readouterr().err
+    model = image_bundle(tmp_path / "model")
+    assert main(["evaluate", str(model), "--data", "a.tar"]) == 2
+    assert "model is an encoder of images without what trained" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -135,3 +135,40 @@ def test_a_glob_is_what_a_shell_takes_it_for(tmp_path: Path, pattern: str, found
 def test_what_a_library_says_is_one_line_that_is_the_same_every_time() -> None:
     error = OSError("AWS Error: it does not exist (Request ID: SZ1p)\nand more")
     assert filesystems.reason(error) == "AWS Error: it does not exist"
+
+
+def test_links_to_folders_elsewhere_are_followed_once_and_never_in_circles(tmp_path: Path) -> None:
+    for name in ("data/real", "else/where/deep", "else/other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.txt").touch()
+    links = {
+        "data/class": "else/where",
+        "data/again": "else/where",
+        "data/inside": "data/real",
+        "data/real/up": "data",
+        "else/where/back": "data",
+        "else/where/on": "else/other",
+        "else/other/round": "else/where",
+        "else/where/above": "else",
+    }
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+
+    def found(pattern: str) -> list[str]:
+        names = [file.name for file in find_files(f"{tmp_path}/{pattern}", lambda _: True)]
+        return [name.removeprefix(f"{tmp_path}/data/") for name in names]
+
+    expected = ["again/deep/x.txt", "again/on/x.txt", "real/x.txt"]
+    assert found("data") == expected
+    assert found("data/*/x.txt") == expected[2:]
+    assert found("data/*/*/x.txt") == expected[:2]
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ä\n☃.txt").touch()
+    assert len([*find_files(str(tmp_path), lambda _: True)]) == 1
+    with open(bytes(tmp_path) + b"/\xff.txt", "wb"):
+        pass
+    with pytest.raises(UserError, match=r"\\udcff\.txt': its name is no UTF-8") as caught:
+        [*find_files(str(tmp_path), lambda _: True)]
+    str(caught.value).encode()

@@ -239,7 +239,7 @@ def test_a_run_is_measured_on_other_pictures_but_for_those_it_was_trained_on(
     uri = finished.account["registered"]
     tracked = ["--tracking-uri", finished.config.tracking_uri]
     assert main(["evaluate", uri, *tracked, "--data", str(tmp_path)]) == 2
-    assert "is an encoder of images: this is for text" in capfd.readouterr().err
+    assert "without what trained it: measure it by --labels" in capfd.readouterr().err
 
 
 def test_a_recipe_of_text_refuses_pictures(finished: Finished, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """What a run draws of its pictures: true crops and views, what the objective draws, a true map."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -177,6 +180,20 @@ def test_a_run_draws_its_held_out_pictures(
     assert (pixels[top:, : GAP - 1] == 255).all()
 
 
+def test_of_large_pictures_few_are_held(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for i in range(60):
+        pixels = noise.integers(0, 256, (250, 250, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.bmp")
+    config = recipe("image-tiny")
+    run = Run(tmp_path, "key", config, index(tmp_path, 0.0), None)
+    tracemalloc.start()
+    write_pictures(build_objective(config.objective), run)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 0.7 * 60 * 250 * 250 * 3  # of all, and the sheet and the map are in it
+
+
 def test_changes_are_named_with_their_strength() -> None:
     maker, slot = slot_of(recipe("image-tiny"), 1)
     pixels = decode(slot.pictures[0].data, 3)
@@ -226,6 +243,23 @@ def test_the_report_counts_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0.2 < report.median_crop < 1
     monkeypatch.setattr(preview_images, "SAMPLE_PICTURES", 3)
     assert 3 <= describe_pictures(plan, maker).pictures < 22
+
+
+@pytest.mark.parametrize("is_loose", [True, False])
+def test_a_broken_picture_without_a_key_is_named_by_its_path_or_row(
+    tmp_path: Path, is_loose: bool
+) -> None:
+    data = [make_picture(i, 20) for i in range(8)]
+    data[5] = data[5][:-40]
+    if is_loose:
+        for i, picture in enumerate(data):
+            (tmp_path / f"{i}.png").write_bytes(picture)
+    else:
+        pq.write_table(pa.table({"image": data}), tmp_path / "a.parquet")
+    files = find_shards([str(tmp_path)])
+    manifest = indexing.build(files, SourceConfig(heldout_ratio=0.0), serial_map, "images")
+    report = describe_pictures(Plan(manifest, 0, 4), ImageRows(recipe("image-tiny").images))
+    assert list(report.broken) == ["5.png" if is_loose else "a.parquet: row 5"]
 
 
 @pytest.mark.usefixtures("ray_session")

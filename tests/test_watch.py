@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipelines.config import RunConfig
+from pipelines.console import Progress
 from pipelines.data.batches import ArrayBatch
 from pipelines.data.images import ImageRows
 from pipelines.data.manifest import Picture
@@ -144,6 +145,26 @@ def test_only_steps_on_end_are_counted(tmp_path: Path) -> None:
         meter.log(16)
     counted = {step: count for step, (_, count) in diagnoses(read_spool(tmp_path, {})).items()}
     assert counted == {11: 1, 12: 2, 14: 1, 15: 2, 16: 3}
+
+
+@pytest.mark.parametrize(("limit", "said_at"), [(25, [8]), (0, [8]), (4, [5, 12])])
+def test_a_collapse_is_said_once_and_only_if_it_lasts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int, said_at: list[int]
+) -> None:
+    config = replace(TINY, stop_on_collapse=limit)
+    (tmp_path / "attempts").mkdir()
+    progress = Progress(tmp_path, config)
+    writer = SpoolWriter(tmp_path / "spool" / "000001.jsonl")
+    rates = {"loss": 1.0, "rows_per_second": 1.0, "data_wait_ratio": 0.0}
+    for step, ill in enumerate([1, 0, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2], start=1):
+        writer.append(step, rates | ({f"{DIAGNOSIS}cone collapse": ill} if ill else {}))
+    writer.close()
+    progress.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "shows" in line]
+    assert [line.partition(":")[0] for line in said] == [f"step {step}" for step in said_at]
+    assert all(f"the run stops if it does for {limit} logged" in line for line in said) == (
+        limit > 0
+    )
 
 
 def test_a_healthy_run_is_watched_only_where_it_is_logged(tmp_path: Path) -> None:

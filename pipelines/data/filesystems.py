@@ -222,14 +222,30 @@ def _list(filesystem: FileSystem, folder: str, depth: int) -> list[FileInfo]:
     if not isinstance(filesystem, LocalFileSystem):
         infos = filesystem.get_file_info(FileSelector(folder, recursive=depth != 1))
         return sorted(infos, key=lambda info: info.path)
-    # pyarrow would follow links in circles.
     found: list[str] = []
-    for path, folders, files in os.walk(folder, onerror=_raise):
+    for path, folders, files in _walk(folder):
         found += (os.path.join(path, name) for name in [*folders, *files])
         if depth and path.removeprefix(folder).count("/") + 1 >= depth:
             folders.clear()
+    for name in found:
+        if not name.isascii() and re.search("[\ud800-\udfff]", name):  # how other bytes come
+            raise UserError(f"{name!r}: its name is no UTF-8 and could not be recorded; rename it")
     infos = filesystem.get_file_info(sorted(found))
     return list(infos)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk as `os.walk`, through links to folders elsewhere, too, each once: never in circles."""
+    entered = {os.path.realpath(folder)}
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        folders.sort()
+        for name in [name for name in folders if os.path.islink(os.path.join(path, name))]:
+            target = os.path.realpath(os.path.join(path, name))
+            if any(os.path.commonpath([target, other]) in (target, other) for other in entered):
+                folders.remove(name)  # it is walked under another name, or holds what is
+            else:
+                entered.add(target)
+        yield path, folders, files
 
 
 def _raise(error: OSError) -> None:

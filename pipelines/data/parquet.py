@@ -52,7 +52,7 @@ def _is_picture(kind: pa.DataType) -> bool:
 
 TEXTS = Wanted("strings", "--source.text-field", _is_text)
 PICTURES = Wanted("pictures as bytes", "--source.image-field", _is_picture)
-IDS = Wanted("strings or whole numbers", "--id-field", _is_id)
+IDS = Wanted("strings or whole numbers", "--labels or --id-field", _is_id)
 
 
 def row_groups(

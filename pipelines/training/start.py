@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.training.checkpoint import Commit, CommitLog
 from pipelines.use.encoder import Encoder
 from pipelines.use.registry import open_model
-from ssl_models import ObjectiveConfig, build_objective
+from ssl_models import ModelConfig, build_objective
 from ssl_models.objective import Objective
 
 _TRAINING = frozenset({"dropout", "initializer_range"})
@@ -47,15 +47,13 @@ def draw(config: RunConfig) -> Objective:
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:
     """Return an encoder as a run of the same objective and this seed starts with it."""
-    adapter: TypeAdapter[ObjectiveConfig] = TypeAdapter(
-        Annotated[ObjectiveConfig, Discriminator("kind")]
-    )
+    adapter: TypeAdapter[ModelConfig] = TypeAdapter(Annotated[ModelConfig, Discriminator("kind")])
     with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
         objective = _draw(adapter.validate_python(encoder.config["objective"]), seed)
     return replace(encoder, objective=objective.eval())
 
 
-def _draw(config: ObjectiveConfig, seed: int) -> Objective:
+def _draw(config: ModelConfig, seed: int) -> Objective:
     torch.manual_seed(key(seed, "weights") >> 1)
     return build_objective(config)
 

@@ -138,8 +138,8 @@ def evaluate_labels(
     """Return how well a field is told from frozen features; needs Ray.
 
     Each seed learns from `num_labelled` training items, drawn by their content, each class in its
-    share. What of the training items is also a test item is left out. The intervals are those of
-    the paired bootstrap over seeds and test items.
+    share. What of the training items is also a test item is left out. The intervals are paired,
+    over seeds and test items.
 
     Raises:
         UserError: If there are too few items or classes.
@@ -183,7 +183,9 @@ def evaluate_labels(
             for probe, kinds in scores.items()
         },
         differences={
-            probe: {kind: _accuracy(kinds[ENCODER] - kinds[kind]) for kind in (RAW, UNTRAINED)}
+            probe: {
+                kind: _accuracy(kinds[ENCODER] - kinds[kind], least=-1) for kind in (RAW, UNTRAINED)
+            }
             for probe, kinds in scores.items()
         },
         notes=tuple(f"{n} {what}" for what, n in notes.items() if n),
@@ -269,9 +271,10 @@ def _words(items: Items, seed: int | str) -> NDArray[np.uint64]:
     return draws(key(seed, "labelled"), items.content)
 
 
-def _accuracy(scores: NDArray[np.int8]) -> Accuracy:
+def _accuracy(scores: NDArray[np.int8], least: float = 0) -> Accuracy:
     of_seeds = tuple(float(mean) for mean in scores.mean(axis=1))
-    return Accuracy(float(scores.mean()), *interval(scores), of_seeds)
+    low, high = interval(scores)
+    return Accuracy(float(scores.mean()), max(low, least), min(high, 1.0), of_seeds)
 
 
 def _verdict(probe: str, other: str, difference: Accuracy) -> str:

@@ -26,6 +26,8 @@ from pipelines.use.encoder import Encoder
 
 RAW_PIXELS = 32
 """Side of a picture as raw pixels, if the encoder does not see a smaller one."""
+MAX_LABEL_CHARS = 200
+"""A longer value is a text and no label: each of them would be held for all records."""
 RAW_CHARS = 20_000
 """So much of a text counts as its words; of an encoder the row is the limit."""
 
@@ -76,7 +78,7 @@ def labelled_items(part: Part, field: str) -> Items:
     """Return the records of a part that have a label, read in parallel.
 
     Raises:
-        UserError: If none has a label.
+        UserError: If none has a label, or one is as long as a text.
     """
     told = ray.put((part, field))
     blocks = part.manifest.blocks_of(part.split)
@@ -127,6 +129,12 @@ class _Row(NamedTuple):
 def _labels(told: "ray.ObjectRef[tuple[Part, str]]", number: int) -> list[_Row]:
     (manifest, split), field = _fetch(told)
     values = list(field_values(manifest, number, field))
+    longest = max((value or "" for value in values), key=len)
+    if len(longest) > MAX_LABEL_CHARS:
+        raise UserError(
+            f"{field!r} holds {longest[:40]!r}... of {len(longest)} characters, which is no label: "
+            "name another field with --labels"
+        )
     first = manifest.blocks[number].first_record
     return [
         _Row(number, item.record, item.content, values[item.record - first])

@@ -1,7 +1,8 @@
 """What happens to pictures, for the eye: sheets of rows and reconstructions, a map of features."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def write_pictures(objective: Objective, run: Run) -> list[Path]:
     """
     maker = ImageRows(run.config.images)
     split: Split = "heldout" if run.manifest.records_where("heldout") >= SHOWN else "training"
-    pictures = _pictures(run.manifest, split, SHOWN)
+    pictures = list(_pictures(run.manifest, split, SHOWN))
     rows = maker.rows(pictures, seed=SEED, order=0)
     slot = Slot(pictures, maker.collate(rows, seed=SEED, step=0, slot=0), SEED)
     name, autoencoder = "triplets.png", None
@@ -115,7 +116,7 @@ def reconstructed(autoencoder: Autoencoder, batch: ArrayBatch) -> Column:
 
 
 def draw_features(
-    objective: Objective, maker: ImageRows, pictures: Sequence[Picture]
+    objective: Objective, maker: ImageRows, pictures: Iterable[Picture]
 ) -> Image.Image:
     """Return a map of pictures at the first two principal components of their features."""
     plain = [maker.plain(picture.data) for picture in pictures]
@@ -182,12 +183,10 @@ def _cropped(maker: ImageRows, picture: Picture, seed: int) -> tuple[Cell, list[
     return Cell(pixels, boxes=[(v.left, v.top, v.width, v.height) for v in views]), words
 
 
-def _pictures(manifest: Manifest, split: Split, count: int) -> list[Picture]:
-    """Return so many pictures of a split, if there are, of blocks spread over the corpus."""
+def _pictures(manifest: Manifest, split: Split, count: int) -> Iterator[Picture]:
+    """Yield so many pictures of a split, if there are, of blocks spread over the corpus."""
     blocks = manifest.blocks_of(split)
     stride = -(-manifest.records_where(split) // count)
-    found: list[Picture] = []
-    for block in (block for start in range(stride) for block in blocks[start::stride]):
-        if len(found) < count:
-            found += manifest.read(block, split)
-    return found[:count]
+    spread = (block for start in range(stride) for block in blocks[start::stride])
+    found = (picture for block in spread for picture in manifest.read(block, split))
+    return islice(found, count)  # the bytes of large ones are not held together

@@ -43,7 +43,8 @@ class PictureReport:
     copies: int
     """Pictures with the bytes of an earlier one."""
     broken: dict[str, str]
-    """SHARD: KEY of pictures that cannot be decoded, and why; they become rows of no weight."""
+    """Pictures that cannot be decoded, by SHARD: KEY, SHARD: row N or path, and why; they become
+    rows of no weight."""
     views: int
     median_crop: float
     """Share of the picture."""
@@ -168,8 +169,13 @@ def _header(data: bytes) -> tuple[str, tuple[int, int]]:
 
 def _name(manifest: Manifest, picture: Picture, number: int) -> str:
     block = manifest.blocks[number]
-    keys = list(field_values(manifest, number, KEY))
-    return f"{manifest.shards[block.shard].path}: {keys[picture.record - block.first_record]}"
+    place = picture.record - block.first_record
+    if block.files:
+        return block.files[place]
+    shard = manifest.shards[block.shard]
+    if shard.form == "parquet-images":
+        return f"{shard.path}: row {block.offset + place}"
+    return f"{shard.path}: {list(field_values(manifest, number, KEY))[place]}"
 
 
 def _spread(sizes: Any) -> tuple[int, float, int]:
