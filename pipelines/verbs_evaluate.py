@@ -58,13 +58,13 @@ class Evaluate:
         return evaluation.metrics()
 
     def _of_model(self) -> "Evaluation":
-        from pipelines.use.evaluate import evaluate_encoder
+        from pipelines.use.evaluate import evaluate_encoder, text_config
         from pipelines.use.registry import load_encoder
 
         if not self.data:
             raise UserError(f"{self.name} holds no data to measure it on: name some with --data")
         encoder = load_encoder(self.name, self.tracking_uri)
-        _ = encoder.vocabulary  # refused before anything is read, if it is not of text
+        text_config(encoder)  # refused before anything is read
         with self._held_out(encoder.modality) as manifest:
             return evaluate_encoder(encoder, manifest)
 

@@ -100,10 +100,8 @@ class FitTask:
         torch.manual_seed(key(self.config.seed, "classifier") >> 1)
         made = Classification(self.objective)
         if not self.from_scratch:
-            drawn, given = made.encoder.state_dict(), self.encoder.state
-            made.encoder.load_state_dict(  # some BERTs come without a pooler, which nothing asks
-                {name: given.get(f"encoder.{name}", drawn[name]) for name in drawn}
-            )
+            given: Any = self.encoder.objective
+            made.encoder.load_state_dict(given.encoder.state_dict())
         return made
 
 
