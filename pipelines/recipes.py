@@ -73,31 +73,36 @@ def text_mini() -> RunConfig:
 
 
 def newsgroups_mini() -> RunConfig:
-    """Masked words alone, on rows of 128 tokens: for text without sentences, minutes of CPU."""
+    """Masked words alone, on rows of 128 tokens: for text without sentences, minutes of CPU.
+
+    One layer, and two masked words in five: with two layers and one word in five, for as many CPU
+    seconds, a linear probe tells 2 points more of 20 Newsgroups, and fine-tuning takes twice as
+    long. Either is far from what TF-IDF tells.
+    """
     return RunConfig(
         recipe="newsgroups-mini",
         register="rayssl-newsgroups",
-        steps=3000,
+        steps=1000,
         workers=2,
         checkpoint_every=500,
         log_every=20,
         source=SourceConfig(heldout_ratio=0.05),
         vocabulary=VocabularyConfig(size=8192),
-        text=TextConfig(notnext_ratio=0.0, mask_ratio=0.2),
+        text=TextConfig(notnext_ratio=0.0, mask_ratio=0.4),
         order=OrderConfig(rows_per_step=32, slots=4, steps_per_block=8, blocks_per_order=8),
         objective=MaskedLanguageConfig(
             encoder=BertConfig(
                 vocab_size=8192,
                 max_length=128,
                 hidden_size=128,
-                num_layers=2,
+                num_layers=1,
                 num_heads=2,
                 intermediate_size=512,
                 initializer_range=0.06,
             ),
             nsp_coefficient=0.0,
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.98),
+        optimizer=OptimizerConfig(learning_rate=4e-3, beta2=0.98),
     )
 
 

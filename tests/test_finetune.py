@@ -29,6 +29,7 @@ from pipelines.use.finetune import finetune
 from pipelines.use.finetune_config import FinetuneConfig, LabelledData
 from pipelines.use.labelled import PARTS, read
 from pipelines.use.registry import load_classifier, load_encoder
+from pipelines.use.versions import list_versions, versions_table
 from pipelines.verbs_finetune import Finetune
 from tests.corpus import build_manifest
 from tests.labelled import (
@@ -131,6 +132,9 @@ def test_the_classifier_is_linked_to_its_encoder(finished: Finished) -> None:
     lineage = json.loads((finished.dir / "bundle" / "lineage.json").read_text())
     assert lineage["encoder"] == finished.asked.model
     assert lineage["encoder_sha256"] == manifest_sha256(Path(finished.asked.model))
+    (listed,) = list_versions("tiny-topic", finished.asked.tracking_uri)
+    assert listed.figures["accuracy"] == finished.account["evaluation"]["test/accuracy"]
+    assert "macro_f1 0." in versions_table([listed])
     run = client.get_run(finished.account["mlflow_run"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["test/accuracy"] == finished.account["evaluation"]["test/accuracy"]

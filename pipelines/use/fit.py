@@ -135,8 +135,10 @@ def fit(task: FitTask, device: torch.device, spool: Path) -> Fitted:
     objective = task.build().to(device)
     optimizer = build_optimizer(objective, schedule.optimizer)
     learner = Learner(schedule, device, objective, optimizer, FlatGradients(objective))
-    meter = Meter(learner, spool / "000001.jsonl", rank)
-    log = SpoolWriter(spool / "validation.jsonl") if rank == 0 else None
+    # Files of its own, so that the steps of one that was killed are not logged twice.
+    attempt = f"{len(list(spool.glob('*.jsonl'))) + 1:06}"
+    meter = Meter(learner, spool / f"{attempt}.jsonl", rank)
+    log = SpoolWriter(spool / f"{attempt}-validation.jsonl") if rank == 0 else None
     examples = _Examples(task)
     judge = _Judge(task, rank, size)
     best, waited = None, 0
