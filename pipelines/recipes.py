@@ -75,9 +75,9 @@ def text_mini() -> RunConfig:
 def newsgroups_mini() -> RunConfig:
     """Masked words alone, on rows of 128 tokens: for text without sentences, minutes of CPU.
 
-    One layer, and two masked words in five: with two layers and one word in five, for as many CPU
-    seconds, a linear probe tells 2 points more of 20 Newsgroups, and fine-tuning takes twice as
-    long. Either is far from what TF-IDF tells.
+    Does not pay on 20 Newsgroups so far: fine-tuned on 500 or 5,000 labels it is worse than this
+    net from scratch, and TF-IDF beats both. A linear probe of 1,100 labels gave 33.6 %, and 35.8 of
+    two layers with one masked word in five after 1,500 steps (one seed each); TF-IDF gave 74.9.
     """
     return RunConfig(
         recipe="newsgroups-mini",
