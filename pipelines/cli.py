@@ -48,6 +48,7 @@ EXIT_CODES = {"FAIL": 1, "REFUSED": 3}
 
 GOES_ON = {
     "pretrain": "; the same command goes on from the newest commit",
+    "finetune": "; the same command begins the training anew",
     "embed": "; the same command goes on after the files that are there",
     "duplicates": "; the same command goes on after the embeddings that are there",
 }

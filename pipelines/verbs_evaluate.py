@@ -60,7 +60,7 @@ class Evaluate:
         return evaluation.metrics()
 
     def _of_model(self) -> "Evaluation":
-        from pipelines.use.evaluate import evaluate_encoder
+        from pipelines.use.evaluate import evaluate_encoder, text_config
         from pipelines.use.registry import load_encoder
 
         if not self.data:
@@ -71,6 +71,7 @@ class Evaluate:
                 f"{self.name} is an encoder of images without what trained it: measure it by "
                 "--labels, or its run by name"
             )
+        text_config(encoder)  # refused before anything is read
         with self._held_out(encoder.modality) as manifest:
             return evaluate_encoder(encoder, manifest)
 

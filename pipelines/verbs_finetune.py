@@ -1,7 +1,7 @@
 """The verbs that use labels: their flags, and what they print."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,6 +67,8 @@ class LabelTable:
     """Shares of the labels."""
     seeds: int = 3
     """How often each is trained, each time on another share."""
+    most: int = 0
+    """So many training and validation examples count as all of them; 0 for all that there are."""
     out: Path = Path("label-table.json")
     """Where the figures are written."""
     runs: str = "runs"
@@ -81,19 +83,23 @@ class LabelTable:
             raise UserError(f"fractions must be above 0 and at most 1, got {self.fractions}")
         if self.seeds < 1:
             raise UserError(f"seeds must be at least 1, got {self.seeds}")
+        if self.most < 0:
+            raise UserError(f"most must be at least 0, got {self.most}")
 
     def run(self) -> dict[str, Any]:
         """Print the table; every contestant is trained and judged on the same examples."""
         from pipelines.cluster import cluster
         from pipelines.storage import write_json
         from pipelines.use.fit import FitTask
-        from pipelines.use.label_table import label_table, show
+        from pipelines.use.label_table import at_most, label_table, show
         from pipelines.use.labelled import read
         from pipelines.use.registry import open_model
 
         model, sha256, encoder = open_model(self.model, self.tracking_uri)
+        encoder.refuse_classifier()
         with cluster(self.address, 1, verbose=False):
-            data, fingerprints = read(self.source, encoder, Path(self.runs))
+            found, fingerprints = read(self.source, encoder, Path(self.runs))
+            data = at_most(found, self.most)
             print(f"{model}: {data.line()}", flush=True)
             task = FitTask(config=self.training, encoder=encoder, labelled=data)
             rows = label_table(task, self.fractions, self.seeds)
@@ -102,8 +108,9 @@ class LabelTable:
             "model": model,
             "bundle_sha256": sha256,
             "fingerprints": list(fingerprints),
-            "test_examples": len(data.test),
+            "examples": data.line(),
             "seeds": self.seeds,
+            "training": asdict(self.training),
             "rows": [row.record() for row in rows],
         }
         write_json(self.out, result)

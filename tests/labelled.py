@@ -87,6 +87,14 @@ def write_shades(path: Path, count: int) -> dict[bytes, str]:
     return labels
 
 
+def write_loose(folder: Path, labels: dict[bytes, str]) -> None:
+    """Write pictures into a folder of their label."""
+    for number, (picture, label) in enumerate(labels.items()):
+        path = folder / label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+
+
 def write_image_encoder(folder: Path) -> Path:
     """Write the bundle of an untrained tiny image encoder."""
     return _write(folder, recipe("image-tiny"), None)

@@ -42,6 +42,7 @@ from pipelines.use.heldout import Held
 from pipelines.use.registry import load_encoder
 from ssl_models import build_objective
 from tests.corpus import serial_map, write_corpus
+from tests.labelled import write_text_encoder
 
 COMMIT = Commit(
     step=1,
@@ -233,8 +234,20 @@ def test_one_document_has_figures_for_masked_tokens_and_the_reason(
     evaluation = evaluate_encoder(load_encoder(str(encoder)), manifest_of(tmp_path / "corpus"))
     assert evaluation.mlm_loss == pytest.approx(math.log(vocabulary.size), rel=0.05)
     assert evaluation.lines()[-1] == (
-        "  next sentence: no figures, no pair has a label (one document, or short ones)"
+        "  next sentence: no figures, no pair has a label (one document, or short ones), "
+        "or none was learned from"
     )
+
+
+def test_what_was_not_learned_of_pairs_has_no_figures(
+    tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    write_corpus(tmp_path / "corpus", num_documents=8, num_shards=1)
+    encoder = load_encoder(str(write_text_encoder(tmp_path / "e", vocabulary)))
+    encoder.objective.coefficients["nsp"] = 0.0
+    evaluation = evaluate_encoder(encoder, manifest_of(tmp_path / "corpus"))
+    assert evaluation.nsp_pairs == 0
+    assert evaluation.lines()[-1].endswith("or none was learned from")
 
 
 def test_the_interval_covers_the_true_accuracy() -> None:

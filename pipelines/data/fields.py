@@ -56,8 +56,11 @@ def _value(record: Record, form: Form, field: str) -> str | None:
             value = _of_json(data, field)
         elif form == "tar":
             value = record.key or None if field == KEY else _of_sample(data, field)
-    is_told = isinstance(value, str | int) and not isinstance(value, bool)
-    return str(value) if is_told else None
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    text = str(value)
+    # Half of a surrogate pair, which json can spell, is no text.
+    return text if text.encode(errors="ignore").decode() == text else None
 
 
 def _folder(name: str) -> str | None:

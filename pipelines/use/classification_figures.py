@@ -13,8 +13,8 @@ from pipelines.use.baselines import bootstrap
 
 MOST_COLUMNS = 12
 """Classes of which the terminal shows the whole confusion matrix."""
-SIDE_INCHES = 0.45
-"""Of a class in the picture of the confusion matrix."""
+SIDE_INCHES, MOST_INCHES = 0.45, 20.0
+"""Of a class in the picture of the confusion matrix, and of all of them."""
 GROUPS = 1024
 """The bootstrap draws examples, or so many groups of them."""
 
@@ -83,18 +83,20 @@ class ClassificationFigures:
         from matplotlib.figure import Figure
 
         shares = np.array(self.confusion) / np.maximum(1, np.sum(self.confusion, axis=1))[:, None]
-        side = 2.5 + SIDE_INCHES * len(self.classes)
+        inches = min(SIDE_INCHES, MOST_INCHES / len(self.classes))
+        side = 2.5 + inches * len(self.classes)
         figure = Figure(figsize=(side, side), layout="constrained")
         axes = figure.subplots()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         places = range(len(self.classes))
-        axes.set_xticks(places, self.classes, rotation=90)
-        axes.set_yticks(places, self.classes)
+        points = 10 * inches / SIDE_INCHES
+        axes.set_xticks(places, self.classes, rotation=90, fontsize=points)
+        axes.set_yticks(places, self.classes, fontsize=points)
         axes.set_xlabel("told to be")
         axes.set_ylabel("is")
         for i, row in enumerate(self.confusion):
             for j, count in enumerate(row):
-                if count:
+                if count and inches == SIDE_INCHES:
                     dark = shares[i, j] > 0.5
                     colour = "white" if dark else "black"
                     axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=colour)

@@ -49,6 +49,9 @@ def compare(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Com
         UserError: If the models cannot be compared.
         DataError: If the data cannot be read.
     """
+    for encoder in (candidate, champion):
+        if encoder:
+            encoder.refuse_classifier()
     if champion and champion.modality != candidate.modality:
         raise UserError(
             f"the candidate is of {candidate.modality}, the champion of {champion.modality}: "

@@ -85,6 +85,18 @@ class Encoder:
         rows = self.config.get("text") or self.config["objective"]["encoder"]
         return int(rows["max_length"])
 
+    def refuse_classifier(self) -> None:
+        """See that the model has learned from no labels.
+
+        Raises:
+            UserError: If it is a classifier.
+        """
+        if isinstance(self.objective, Classification):
+            raise UserError(
+                "the model is a classifier, and this is for encoders that have seen no labels: its "
+                "own figures stand in its model card and its MLflow run"
+            )
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Splits raw text and knows no control tokens; `vocabulary` has their ids."""

@@ -19,7 +19,7 @@ from pipelines.data.manifest import Document, Manifest
 from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError
 from pipelines.run import Run
 from pipelines.use.baselines import Counts, Floats, bootstrap, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
@@ -100,7 +100,8 @@ class Evaluation:
 
     def _pairs_line(self) -> str:
         if not self.nsp_pairs:
-            return f"  {self.asked}: no figures, no pair has a label (one document, or short ones)"
+            why = "no pair has a label (one document, or short ones), or none was learned from"
+            return f"  {self.asked}: no figures, {why}"
         low, high = self.nsp_accuracy_low, self.nsp_accuracy_high
         beaten = low > max(0.5, self.nsp_length_accuracy)
         return (
@@ -153,9 +154,8 @@ def text_config(encoder: Encoder) -> TextConfig:
         BundleError: If the bundle does not tell.
         UserError: If the encoder is not one of text, or is a classifier.
     """
+    encoder.refuse_classifier()
     _ = encoder.vocabulary
-    if not isinstance(encoder.objective, MaskedLanguage):
-        raise UserError("the model is a classifier: its figures stand in its model card")
     try:
         return TypeAdapter(TextConfig).validate_python(encoder.config.get("text"), extra="forbid")
     except ValidationError as error:
@@ -215,6 +215,7 @@ def measure(objective: Objective, maker: TextRows, held: Held, folds: int) -> Me
         DataError: If there is no document.
     """
     assert isinstance(objective, MaskedLanguage)
+    tells_pairs = objective.coefficients["nsp"] > 0
     sums: dict[str, Any] = {}
     counts = [Counts(maker) for _ in range(folds)]
     by_group = np.zeros((4, GROUPS))
@@ -228,7 +229,7 @@ def measure(objective: Objective, maker: TextRows, held: Held, folds: int) -> Me
             records = np.array([document.record for document in documents])
             group = (num_documents + np.searchsorted(records, part["a_record"])) % GROUPS
             chosen = (batch["masked_ids"] != IGNORED).sum(axis=1)
-            labelled = batch["nsp_labels"] != IGNORED
+            labelled = (batch["nsp_labels"] != IGNORED) & tells_pairs
             correct = labelled & (told == batch["nsp_labels"])
             for total, rows in zip(by_group, (loss, chosen, correct, labelled), strict=True):
                 total += np.bincount(group, weights=rows, minlength=GROUPS)

@@ -142,8 +142,9 @@ def evaluate_labels(
     over seeds and test items.
 
     Raises:
-        UserError: If there are too few items or classes.
+        UserError: If there are too few items or classes, or the encoder is a classifier.
     """
+    encoder.refuse_classifier()
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
     pool, asked = (labelled_items(part, labels) for part in (training, test))

@@ -27,6 +27,7 @@ from ray.train.v2.api.config import FailureConfig
 from safetensors.torch import load_file, save_file
 
 from pipelines.cluster import cluster, unwrap
+from pipelines.config import MODEL_NAME
 from pipelines.console import Progress, say
 from pipelines.errors import TrainingError, UserError
 from pipelines.pretrain import (
@@ -129,6 +130,7 @@ def _begin(asked: "Finetune", origin: Origin, run_dir: Path) -> str:
     question = {
         "labels": asked.source.labels,
         "text_field": asked.source.text_field,
+        "image_field": asked.source.image_field,
         "text_pair_field": asked.source.text_pair_field,
         "ratios": list(asked.source.ratios),
         "register": register_name(asked, origin.model),
@@ -149,12 +151,17 @@ def _begin(asked: "Finetune", origin: Origin, run_dir: Path) -> str:
 
 
 def register_name(asked: "Finetune", model: str) -> str:
-    """Return the name that the classifier is registered under."""
-    if asked.register:
-        return asked.register
-    path = Path(model.rpartition("/")[0] if model.startswith("models:/") else model)
-    name = path.parent.name if path.name == "bundle" else path.name
-    return f"{name}-{asked.source.labels}"
+    """Return the name that the classifier is registered under.
+
+    Raises:
+        UserError: If it cannot be one.
+    """
+    path = Path(model.rpartition("/")[0] if model.startswith("models:/") else model).absolute()
+    of_encoder = path.parent.name if path.name == "bundle" else path.name
+    name = asked.register or f"{of_encoder}-{asked.source.labels}"
+    if not MODEL_NAME.fullmatch(name):
+        raise UserError(f"--register {name!r}: use letters, digits, space and _ . -")
+    return name
 
 
 def _params(asked: "Finetune") -> dict[str, str]:

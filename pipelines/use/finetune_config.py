@@ -1,5 +1,6 @@
 """Which labelled data, and how a classifier is trained; light, for the command reads its flags."""
 
+import math
 from dataclasses import dataclass
 
 import tyro
@@ -14,10 +15,13 @@ class LabelledData:
     data: tyro.conf.Positional[tuple[str, ...]]
     """Labelled shards: files, folders or quoted globs, as for pretraining."""
     labels: str
-    """Field of a record that holds its label: of a jsonl line, a column of a parquet shard, and of
-    a tar the extension of a sample's file (cls), or a field of its json."""
+    """Field of a record that holds its label: of a jsonl line, a column of a parquet shard, of a
+    tar the extension of a sample's file (cls) or a field of its json, and of loose pictures
+    `folder`, the name of the folder that each lies in."""
     text_field: str = "text"
     """Field that holds the text."""
+    image_field: str = "image"
+    """Column of a parquet shard that holds the bytes of a picture, or a struct with them."""
     text_pair_field: str = ""
     """Field that holds the second text, where the label is of a pair."""
     validation: tuple[str, ...] = ()
@@ -81,8 +85,14 @@ class FinetuneConfig:
             raise ValueError(
                 f"rows_per_step {self.rows_per_step} is not a multiple of slots {self.slots}"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for name in ("seed", "least_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
     def steps(self, num_examples: int) -> int:
         """Return the optimizer steps for so many training examples."""

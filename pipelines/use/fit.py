@@ -100,10 +100,8 @@ class FitTask:
         torch.manual_seed(key(self.config.seed, "classifier") >> 1)
         made = Classification(self.objective)
         if not self.from_scratch:
-            drawn, given = made.encoder.state_dict(), self.encoder.state
-            made.encoder.load_state_dict(  # some BERTs come without a pooler, which nothing asks
-                {name: given.get(f"encoder.{name}", drawn[name]) for name in drawn}
-            )
+            given: Any = self.encoder.objective
+            made.encoder.load_state_dict(given.encoder.state_dict())
         return made
 
 
@@ -137,8 +135,10 @@ def fit(task: FitTask, device: torch.device, spool: Path) -> Fitted:
     objective = task.build().to(device)
     optimizer = build_optimizer(objective, schedule.optimizer)
     learner = Learner(schedule, device, objective, optimizer, FlatGradients(objective))
-    meter = Meter(learner, SpoolWriter(spool / "000001.jsonl") if rank == 0 else None, None)
-    log = SpoolWriter(spool / "validation.jsonl") if rank == 0 else None
+    # Files of its own, so that the steps of one that was killed are not logged twice.
+    attempt = f"{len(list(spool.glob('*.jsonl'))) + 1:06}"
+    meter = Meter(learner, SpoolWriter(spool / f"{attempt}.jsonl") if rank == 0 else None, None)
+    log = SpoolWriter(spool / f"{attempt}-validation.jsonl") if rank == 0 else None
     examples = _Examples(task)
     judge = _Judge(task, rank, size)
     best, waited = None, 0

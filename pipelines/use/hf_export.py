@@ -35,6 +35,7 @@ def export(encoder: Encoder, directory: Path) -> None:
             would split text otherwise than its vocabulary does.
         StorageError: If it cannot be written, or is there already.
     """
+    encoder.refuse_classifier()
     objective, vocabulary = encoder.objective, encoder.vocabulary
     if encoder.fresh:
         raise UserError(f"the model came without {encoder.fresh[0]}: there is nothing to export")

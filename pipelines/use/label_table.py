@@ -156,7 +156,7 @@ def show(rows: Sequence[Row]) -> str:
         head,
         [
             (
-                f"{row.fraction:.0%}",
+                f"{100 * row.fraction:g}%",
                 str(row.labels),
                 *(accuracy(row, name) for name in SETTINGS),
                 lead(row, "from scratch"),
@@ -165,6 +165,12 @@ def show(rows: Sequence[Row]) -> str:
             for row in rows
         ],
     )
+
+
+def at_most(data: Labelled, most: int) -> Labelled:
+    """Return so many training and validation examples, by their shares; 0 for all of them."""
+    there = len(data.training) + len(data.validation)
+    return part_of(data, most / there, -1) if 0 < most < there else data
 
 
 def part_of(data: Labelled, fraction: float, seed: int) -> Labelled:

@@ -79,7 +79,9 @@ def read(source: LabelledData, encoder: Encoder, runs: Path) -> tuple[Labelled, 
     if source.text_pair_field and encoder.modality == "images":
         raise UserError("--text-pair-field is for text: leave it out")
     fields = Fields(label=source.labels, text_pair=source.text_pair_field)
-    reading = SourceConfig(text_field=source.text_field, heldout_ratio=0.0)
+    reading = SourceConfig(
+        text_field=source.text_field, image_field=source.image_field, heldout_ratio=0.0
+    )
     parts: dict[str, list[Example]] = {}
     fingerprints = []
     patterns = {"data": source.data, "validation": source.validation, "test": source.test}
@@ -93,6 +95,8 @@ def read(source: LabelledData, encoder: Encoder, runs: Path) -> tuple[Labelled, 
         parts[part] = read_examples(manifest, fields)
     training, validation, test = deal(parts["data"], *source.ratios)
     made = labelled(training, parts.get("validation", validation), parts.get("test", test))
+    if num_copies := len(training) - len(made.training):
+        say(f"{num_copies} training examples are also for validation or test: left out")
     return made, tuple(fingerprints)
 
 

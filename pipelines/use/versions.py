@@ -9,9 +9,12 @@ from pipelines.use.bundle import BundleError
 from pipelines.use.promotion import GATE_TAG, answered
 from pipelines.use.registry import RECIPE_TAG, open_registry
 
-FIGURES = "heldout/"
-"""Prefix of the metrics of a version's run that are shown."""
-SHOWN = ("mlm_loss", "nsp_accuracy", "triplet_loss", "nt-xent_loss", "reconstruction_loss")
+FIGURES = ("heldout/", "test/")
+"""Prefixes of the metrics of a version's run that are shown; classifiers have the second."""
+SHOWN = (
+    *("mlm_loss", "nsp_accuracy", "triplet_loss", "nt-xent_loss", "reconstruction_loss"),
+    *("accuracy", "macro_f1"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ def _version(client: Any, version: Any, aliases: dict[str, str]) -> Version:
         recipe=version.tags.get(RECIPE_TAG, ""),
         gate=version.tags.get(GATE_TAG, ""),
         figures={
-            key.removeprefix(FIGURES): value
+            key.partition("/")[2]: value
             for key, value in metrics.items()
             if key.startswith(FIGURES)
         },
