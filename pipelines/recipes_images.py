@@ -102,6 +102,7 @@ def mnist_autoencoder() -> RunConfig:
         triplets,
         recipe="mnist-autoencoder",
         register="rayssl-mnist-autoencoder",
+        steps=1000,  # the decoder costs more than a second view
         images=replace(triplets.images, rows="single"),
         objective=AutoencoderConfig(
             encoder=_contrastive(triplets).encoder,
@@ -112,7 +113,11 @@ def mnist_autoencoder() -> RunConfig:
 
 
 def fashion_triplet() -> RunConfig:
-    """As mnist-triplet, on grey clothes of 28 pixels: minutes on two CPU cores."""
+    """As mnist-triplet, on grey clothes of 28 pixels: minutes on two CPU cores.
+
+    Short of raw pixels so far: one run of 1,200 steps gave 76.9 % by a linear probe of 1,000
+    labels, where raw pixels give 80.8; after 300 steps it was 76.6 already.
+    """
     digits = mnist_triplet()
     encoder = replace(_contrastive(digits).encoder, mean=(0.286,), std=(0.353,))
     return replace(
