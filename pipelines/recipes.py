@@ -1,22 +1,31 @@
-"""Named runs: functions that return a whole RunConfig. Flags change fields, nothing else."""
+"""Named runs: functions that return a whole RunConfig. Flags change fields, nothing else.
+
+Those on text are here, those on pictures in recipes_images.py.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from pipelines.config import RunConfig
-from pipelines.data.images import ImageConfig
 from pipelines.data.plan import OrderConfig
 from pipelines.data.shards import SourceConfig
 from pipelines.data.text_config import TextConfig
-from pipelines.data.views import ViewConfig
 from pipelines.data.vocabulary import VocabularyConfig
 from pipelines.errors import UserError, nearest
-from ssl_models.autoencoder import AutoencoderConfig
+from pipelines.recipes_images import (
+    fashion_triplet,
+    image_tiny,
+    image_tiny_autoencoder,
+    imagenet_triplet,
+    imagenet_vit,
+    mnist_autoencoder,
+    mnist_nt_xent,
+    mnist_triplet,
+    photos_triplet,
+)
 from ssl_models.bert import BertConfig
-from ssl_models.contrastive import ContrastiveConfig
 from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig
-from ssl_models.resnet import ResNetConfig
 
 
 def text_tiny() -> RunConfig:
@@ -181,37 +190,6 @@ def text_large_512() -> RunConfig:
     return _on_long_rows(text_large())
 
 
-def image_tiny() -> RunConfig:
-    """A narrow ResNet-18 and triplets of pictures of 16 pixels: for tests, seconds of CPU."""
-    return RunConfig(
-        recipe="image-tiny",
-        steps=20,
-        workers=1,
-        checkpoint_every=5,
-        log_every=1,
-        register="rayssl-image",
-        images=ImageConfig(views=ViewConfig(size=16)),
-        order=OrderConfig(rows_per_step=16, slots=4, steps_per_block=2, blocks_per_order=4),
-        objective=ContrastiveConfig(
-            encoder=ResNetConfig(width=4), projection_hidden_size=32, projection_size=16
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-    )
-
-
-def image_tiny_autoencoder() -> RunConfig:
-    """The ResNet-18 of image-tiny, trained to draw pictures again: for tests, seconds of CPU."""
-    base = image_tiny()
-    return replace(
-        base,
-        recipe="image-tiny-autoencoder",
-        images=replace(base.images, rows="single"),
-        objective=AutoencoderConfig(
-            encoder=ResNetConfig(width=4), image_size=base.images.views.size, decoder_width=8
-        ),
-    )
-
-
 def _on_long_rows(first: RunConfig) -> RunConfig:
     """Return the second phase of a run: where its learning rate ended, to 0, on rows of 512."""
     optimizer = first.optimizer
@@ -242,6 +220,13 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "text-large-512": text_large_512,
     "image-tiny": image_tiny,
     "image-tiny-autoencoder": image_tiny_autoencoder,
+    "mnist-triplet": mnist_triplet,
+    "mnist-nt-xent": mnist_nt_xent,
+    "mnist-autoencoder": mnist_autoencoder,
+    "fashion-triplet": fashion_triplet,
+    "photos-triplet": photos_triplet,
+    "imagenet-triplet": imagenet_triplet,
+    "imagenet-vit": imagenet_vit,
 }
 
 

@@ -1,4 +1,4 @@
-"""The large recipes: BERT's sizes and schedule, blocks that can travel, and one true step."""
+"""Recipes: sizes and schedules of the large ones, blocks that can travel, and one true step."""
 
 import math
 from collections.abc import Iterator
@@ -12,15 +12,24 @@ from torch import nn
 from transformers import BertConfig as PeerConfig
 from transformers import BertForPreTraining, BertModel
 
+from pipelines.data.images import ImageRows
+from pipelines.data.manifest import Picture
 from pipelines.data.text import TextRows
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.recipes import RECIPES, recipe
 from pipelines.training.loop import build_learner, train_step
+from ssl_models.autoencoder import AutoencoderConfig
+from ssl_models.contrastive import ContrastiveConfig
+from ssl_models.image_encoder import build_image_encoder
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.optim import learning_rate
 from tests.corpus import make_documents
+from tests.pictures import make_picture
 
 LARGE = [name for name in RECIPES if name.startswith(("text-base", "text-large"))]
+SMALL = ["mnist-triplet", "mnist-nt-xent", "mnist-autoencoder", "fashion-triplet"]
+GPUS = ["imagenet-triplet", "imagenet-vit"]
+PICTURES = [*SMALL, "photos-triplet", *GPUS]
 STEPS_PER_SECOND = {128: 50, 512: 20}
 """More than any machine that these recipes are meant for makes."""
 
@@ -118,3 +127,88 @@ def test_a_step_of_the_true_size_can_be_made(alone: None, vocabulary: Vocabulary
     # Adam's first step is the sign of the gradient; this bias starts at 0.
     moved = learner.objective.state_dict()["encoder.pooler.bias"].abs().max().item()
     assert moved == pytest.approx(learning_rate(config.optimizer, 0, config.steps), rel=0.01)
+
+
+def contrastive(name: str) -> ContrastiveConfig:
+    objective = recipe(name).objective
+    assert isinstance(objective, ContrastiveConfig)
+    return objective
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("imagenet-triplet", 25_557_032 - (2048 * 1000 + 1000)),
+        ("imagenet-vit", 22_050_664 - (384 * 1000 + 1000) - 384 - 197 * 384),
+    ],
+)
+def test_the_encoders_of_imagenet_have_their_published_sizes(name: str, parameters: int) -> None:
+    """Those of torchvision's resnet50 and of DeiT-S, but for classifier, class token, positions."""
+    with torch.device("meta"):
+        encoder = build_image_encoder(contrastive(name).encoder)
+    assert num_parameters(encoder) == parameters
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_runs_of_imagenet_make_a_hundred_epochs(name: str) -> None:
+    config = recipe(name)
+    trained_on = 1_281_167 * (1 - config.source.heldout_ratio)
+    epochs = config.steps * config.order.rows_per_step / trained_on
+    assert epochs == pytest.approx(100, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_its_blocks_of_pictures_are_large_enough_to_travel(name: str) -> None:
+    config = recipe(name)
+    views = 2 if config.images.rows == "pairs" else 1
+    bytes_per_row = views * config.images.channels * config.images.views.size**2
+    assert 0.5e6 < bytes_per_row * config.order.rows_per_block < 8e6
+    assert config.workers <= config.order.slots
+
+
+def test_the_small_runs_differ_in_what_is_compared_alone() -> None:
+    """So that their figures can stand in one table."""
+    triplets, drawing = recipe("mnist-triplet"), recipe("mnist-autoencoder")
+    assert isinstance(drawing.objective, AutoencoderConfig)
+    assert drawing.objective.encoder == contrastive("mnist-triplet").encoder
+    assert contrastive("mnist-nt-xent").encoder == contrastive("mnist-triplet").encoder
+    for name in SMALL:
+        assert recipe(name).order.rows_per_step == triplets.order.rows_per_step
+        assert recipe(name).optimizer == triplets.optimizer
+    assert drawing.images.views == triplets.images.views
+
+
+def test_a_digit_is_not_mirrored_or_inverted() -> None:
+    for name in SMALL[:3]:
+        views = recipe(name).images.views
+        assert (views.flip, views.inversion) == (0.0, 0.0)
+        assert views.crop_scale[0] >= 0.5
+
+
+def test_no_two_recipes_that_are_more_than_a_test_register_under_one_name() -> None:
+    names = [name for name in RECIPES if "tiny" not in name and name != "text-mini"]
+    assert len({recipe(name).register for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    "name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in PICTURES[4:])]
+)
+def test_a_step_can_be_made_of_real_files(name: str, alone: None) -> None:
+    """Colour pictures in two formats, as wide as no view; every parameter that is used learns."""
+    del alone
+    made = recipe(name)
+    config = replace(made, order=replace(made.order, rows_per_step=4, slots=2), workers=1)
+    maker = ImageRows(config.images)
+    side = made.images.views.size + 20
+    pictures = [Picture(i, i + 1, make_picture(i, side)) for i in range(4)]
+    rows = maker.rows(pictures, seed=0, order=0)
+    slots = {
+        slot: maker.collate(rows.slice(2 * slot, 2), seed=0, step=0, slot=slot) for slot in range(2)
+    }
+    learner = build_learner(config, torch.device("cpu"))
+
+    total, weight = train_step(learner, slots, 0)["loss"]
+
+    assert weight == 1.0
+    assert 0.0 < float(total) < math.inf
+    assert learner.gradients.vector.norm() > 0.0
