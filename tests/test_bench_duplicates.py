@@ -19,7 +19,7 @@ from infra.bench.duplicates import (
     write_small,
 )
 from pipelines.data.decode import decode
-from pipelines.recipes import image_tiny
+from pipelines.recipes import recipe
 from pipelines.use.encoder import Encoder
 from ssl_models import build_objective
 from tests.pictures import make_blotches, make_picture
@@ -64,7 +64,7 @@ def test_the_threshold_of_one_half_is_measured_on_the_other() -> None:
 
 
 def test_all_methods_are_measured_on_the_same_pairs() -> None:
-    config = image_tiny()
+    config = recipe("image-tiny")
     torch.manual_seed(0)
     record = {"images": dataclasses.asdict(config.images)}
     encoder = Encoder(record, None, build_objective(config.objective))
