@@ -5,10 +5,10 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-slow check lint types format lock clean
+.PHONY: help install pretrain pretrain-images table-labels test test-slow check lint types format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## install everything from requirements.lock into .venv
 
@@ -27,6 +27,30 @@ pretrain: $(INSTALLED) ## the main job: sample text to a registered encoder (NAM
 	@echo '$$ rayssl fill-mask models:/rayssl-text@candidate "The capital of the country is the [MASK] of its government."'
 	@$(RUN)/rayssl fill-mask models:/rayssl-text@candidate "The capital of the country is the [MASK] of its government."
 	@echo "look around: $(RUN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+
+MNIST := samples/mnist/mnist
+
+pretrain-images: $(INSTALLED) ## two encoders of MNIST, and how well labels are told from their features
+	@$(RUN)/rayssl samples mnist
+	@$(RUN)/rayssl pretrain mnist-triplet --data '$(MNIST)-train-*.tar' --name mnist-triplet
+	@$(RUN)/rayssl pretrain mnist-autoencoder --data '$(MNIST)-train-*.tar' --name mnist-autoencoder
+	@$(RUN)/rayssl evaluate mnist-triplet --data '$(MNIST)-train-*.tar' --test '$(MNIST)-test-*.tar' --labels cls
+	@$(RUN)/rayssl evaluate mnist-autoencoder --data '$(MNIST)-train-*.tar' --test '$(MNIST)-test-*.tar' --labels cls
+
+GROUPS := samples/newsgroups/newsgroups
+FASHION := samples/fashion/fashion
+
+table-labels: $(INSTALLED) ## what pretraining is worth where labels are few: half an hour, needs apt-get
+	@$(RUN)/rayssl samples newsgroups
+	@$(RUN)/rayssl samples fashion
+	@$(RUN)/rayssl pretrain newsgroups-mini --data '$(GROUPS)-train-*.jsonl' --name newsgroups-mini
+	@$(RUN)/rayssl pretrain fashion-triplet --data '$(FASHION)-train-*.tar' --name fashion-triplet
+	@$(RUN)/python -m infra.bench.labels newsgroups runs/newsgroups-mini '$(GROUPS)-train-*.jsonl' \
+		--test '$(GROUPS)-test-*.jsonl' --labels label --most 5000 --training.epochs 3 \
+		--training.least-steps 200 --training.slots 1 --training.evaluations 8
+	@$(RUN)/python -m infra.bench.labels fashion runs/fashion-triplet '$(FASHION)-train-*.tar' \
+		--test '$(FASHION)-test-*.tar' --labels cls --most 10000 --training.epochs 5 \
+		--training.slots 1 --training.evaluations 10
 
 test: $(INSTALLED) ## lint, types and the tests
 	@$(MAKE) --no-print-directory check
