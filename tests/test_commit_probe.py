@@ -19,8 +19,9 @@ from pipelines.training.checkpoint import Commit
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.spool import read_spool
 from pipelines.training.start import draw
+from pipelines.training.tracking import PROBE_FILE
 from pipelines.use import commit_probe
-from pipelines.use.commit_probe import SPOOL_FILE, CommitProbe, bounded
+from pipelines.use.commit_probe import CommitProbe, bounded
 from pipelines.use.evaluate_images import evaluate_images
 from tests.corpus import serial_map
 from tests.pictures import write_pictures
@@ -54,7 +55,7 @@ def commit(run: Run, step: int, attempt: int = 1) -> None:
 
 
 def points(run: Run) -> dict[int, dict[str, float]]:
-    found = [r for r in read_spool(run.dir / "spool", {}) if r.attempt == SPOOL_FILE]
+    found = [r for r in read_spool(run.dir / "spool", {}) if r.attempt == PROBE_FILE]
     assert len({record.step for record in found}) == len(found), "a step is there twice"
     return {record.step: record.metrics for record in found}
 
@@ -145,4 +146,6 @@ def test_a_run_is_measured_while_it_trains(tmp_path: Path, monkeypatch: pytest.M
     assert found[20]["probe/triplet_loss"] == pytest.approx(at_end, rel=1e-5)
     client = open_client(config.tracking_uri)
     sent = client.get_metric_history(account["mlflow_run"], "probe/triplet_loss")
+    outputs = client.get_run(account["mlflow_run"]).outputs.model_outputs
+    assert {output.step for output in outputs} >= set(found)
     assert [point.step for point in sent] == sorted(found)

@@ -17,10 +17,10 @@ from pipelines.data.indexing import build
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import UserError, brief
 from pipelines.recipes import recipe
-from pipelines.training.lineage import dataset_of
+from pipelines.training.lineage import Dataset, dataset_of
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.spool import SpoolWriter, read_spool
-from pipelines.training.tracking import Tracker, TrackingError
+from pipelines.training.tracking import PROBE_FILE, Tracker, TrackingError
 from tests.corpus import serial_map
 
 
@@ -201,6 +201,37 @@ def test_a_deleted_run_is_replaced_by_a_complete_one(run_dir: Path, store: str) 
 
     assert run_id != deleted
     assert history(store, run_id, "loss") == [(1, 2.0), (2, 1.0)]
+
+
+def test_figures_of_commits_are_kept_by_commit_and_data(run_dir: Path, store: str) -> None:
+    data = Dataset(name="corpus", digest="d" * 32, source_type="local", source="{}", profile="{}")
+
+    def log_commit(step: int, value: float) -> None:
+        writer = SpoolWriter(run_dir / "spool" / PROBE_FILE)
+        writer.append(step, {"probe/loss": value})
+        writer.close()
+
+    log(run_dir, 1, {1: {"loss": 5.0}, 2: {"loss": 4.0}})
+    log_commit(1, 4.5)
+    first = started(run_dir, store)
+    first.log_dataset(data)
+    run_id = finished(first)
+    log_commit(2, 3.5)
+    (run_dir / "tracking.json").unlink()  # all is sent again
+    again = started(run_dir, store)
+    again.log_dataset(data)
+    assert finished(again) == run_id
+
+    assert history(store, run_id, "probe/loss") == [(1, 4.5), (2, 3.5)]
+    client = open_client(store)
+    experiment = run_of(store, run_id).info.experiment_id
+    commits = {model.name: model for model in client.search_logged_models([experiment])}
+    assert sorted(commits) == ["step-000000001", "step-000000002"]
+    (metric,) = commits["step-000000002"].metrics
+    assert (metric.key, metric.value, metric.step) == ("probe/loss", 3.5, 2)
+    assert (metric.dataset_name, metric.dataset_digest) == ("corpus", "d" * 32)
+    outputs = run_of(store, run_id).outputs.model_outputs
+    assert sorted(output.step for output in outputs) == [1, 2]
 
 
 def test_params_that_differ_after_a_restart_become_a_tag(run_dir: Path, store: str) -> None:

@@ -34,6 +34,8 @@ CLOSING_WAIT_SECONDS = 1.0
 MAX_METRICS_PER_BATCH = 1000  # what MLflow takes in one request
 MAX_PARAM_CHARACTERS = 6000  # MLflow cuts longer values without a word
 FINAL_FILE = "final.jsonl"  # of the driver; sorts behind the numbered attempts
+PROBE_FILE = "probe.jsonl"
+"""Of the driver: held-out figures of commits, which MLflow also keeps by commit and data."""
 
 
 class TrackingError(UserError):
@@ -127,6 +129,7 @@ class Tracker:
         self._experiment = experiment
         self._run_key = run_key
         self._run_name = run_name
+        self._dataset: Dataset | None = None
         self._artifacts_uri = Path("mlartifacts").resolve().as_uri()
         self._client: Any = None
         self._run_id: str | None = None
@@ -169,6 +172,7 @@ class Tracker:
 
     def log_dataset(self, dataset: Dataset) -> None:
         """Log the data that the run is pretrained on as its input, once."""
+        self._dataset = dataset
         self._queue(kind="dataset", values=asdict(dataset))
 
     def log_artifact(self, path: Path, folder: str) -> None:
@@ -271,14 +275,44 @@ class Tracker:
 
         for chunk in _chunks(read_spool(self._spool_dir, self._state.marks.offsets)):
             marks = copy.deepcopy(self._state.marks)
-            metrics = [
-                Metric(name, value, record.timestamp_ms, record.step)
-                for record in chunk
-                for name, value in marks.take(record).items()
-            ]
+            metrics = []
+            for record in chunk:
+                fresh = marks.take(record)
+                belongs = self._commit_of(record) if fresh else {}
+                metrics += [
+                    Metric(name, value, record.timestamp_ms, record.step, **belongs)
+                    for name, value in fresh.items()
+                ]
             if metrics:
                 self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
             self._save_marks(marks)
+
+    def _commit_of(self, record: SpoolRecord) -> dict[str, str]:
+        """Return what figures of a commit belong to: a LoggedModel without files, and the data."""
+        from mlflow.entities import LoggedModelOutput
+
+        if record.attempt != PROBE_FILE:
+            return {}
+        experiment_id = self._client.get_run(self._run_id).info.experiment_id
+        name = f"step-{record.step:09d}"
+        found = self._client.search_logged_models(
+            [experiment_id], f"name = '{name}' AND source_run_id = '{self._run_id}'"
+        )
+        if found:
+            model_id = found[0].model_id
+        else:
+            made = self._client.create_logged_model(
+                experiment_id, name=name, source_run_id=self._run_id, model_type="checkpoint"
+            )
+            model_id = made.model_id
+            self._client.finalize_logged_model(model_id, "READY")
+            output = LoggedModelOutput(model_id, step=record.step)
+            self._client.log_outputs(self._run_id, [output])
+        belongs = {"model_id": model_id, "run_id": self._run_id or ""}
+        if self._dataset:
+            named = self._dataset
+            belongs |= {"dataset_name": named.name, "dataset_digest": named.digest}
+        return belongs
 
     def _save_marks(self, marks: _Marks) -> None:
         with self._lock:

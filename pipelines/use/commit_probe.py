@@ -3,6 +3,7 @@
     commit of every so many steps -> a task with a copy of its weights -> spool -> MLflow
 
 The points are `probe/...` at the steps of the commits; each is logged once, whatever is resumed.
+MLflow keeps them as metrics of the run, and of a LoggedModel for each commit, with the data.
 """
 
 import contextlib
@@ -19,12 +20,11 @@ from pipelines.errors import DataError, brief
 from pipelines.run import Run
 from pipelines.training.checkpoint import Commit
 from pipelines.training.spool import SpoolWriter, read_spool
+from pipelines.training.tracking import PROBE_FILE
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
 from ssl_models import build_objective
 
-SPOOL_FILE = "probe.jsonl"
-"""Of the driver; sorts behind the numbered attempts."""
 MAX_RECORDS = 1000
 """Of more held-out records every n-th block is measured: a few seconds of one CPU."""
 PATIENCE_SECONDS = 60.0
@@ -38,7 +38,7 @@ class CommitProbe:
         self._run = replace(run, dir=run.dir.resolve(), manifest=bounded(run.manifest))
         is_on = run.config.probe_every and run.manifest.records_where("heldout")
         self._run_ref = ray.put(self._run) if is_on else None
-        logged = [r.step for r in read_spool(run.dir / "spool", {}) if r.attempt == SPOOL_FILE]
+        logged = [r.step for r in read_spool(run.dir / "spool", {}) if r.attempt == PROBE_FILE]
         self._last = max(logged, default=0)
         self._due: Commit | None = None
         self._measured: Commit | None = None
@@ -75,7 +75,7 @@ class CommitProbe:
         task, self._task = self._task, None
         try:
             metrics = ray.get(task)
-            writer = SpoolWriter(self._run.dir / "spool" / SPOOL_FILE)
+            writer = SpoolWriter(self._run.dir / "spool" / PROBE_FILE)
             writer.append(self._measured.step, metrics)
             writer.close()
         except Exception as error:  # the training does without these figures
