@@ -1,6 +1,7 @@
 """`mlflow models serve` as a process, and how it is asked."""
 
 import json
+import os
 import socket
 import sys
 import urllib.error
@@ -53,6 +54,7 @@ def served(uri: str, tracking_uri: str, folder: Path) -> Iterator[str]:
     words = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     words += ["-m", uri, "-h", "127.0.0.1", "-p", str(port), "--workers", "1"]
     address = f"http://127.0.0.1:{port}"
-    with process(folder, *words, MLFLOW_TRACKING_URI=tracking_uri) as server:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow calls uvicorn
+    with process(folder, *words, MLFLOW_TRACKING_URI=tracking_uri, PATH=path) as server:
         server.wait_until(partial(is_up, address))
         yield address
