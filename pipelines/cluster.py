@@ -13,7 +13,7 @@ import ray
 from ray.data import DataContext
 from ray.exceptions import AuthenticationError
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, brief
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -124,9 +124,8 @@ def _start(num_cpus: int, verbose: bool) -> None:
     except SystemExit as error:  # how Ray answers a SIGTERM while it starts
         raise KeyboardInterrupt from error
     except Exception as error:  # of many kinds: no room, too long a path, a machine too busy
-        said = str(error).strip().partition("\n")[0]
         raise ClusterError(
-            f"a local Ray does not start: {said}; mend that, or try again"
+            f"a local Ray does not start: {brief(error)}; mend that, or try again"
         ) from error
 
 

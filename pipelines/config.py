@@ -94,8 +94,8 @@ class RunConfig:
     stop_on_collapse: int = 25
     """After the warm-up of the learning rate, logged steps on end with a collapsed encoder that
     stop the run; 0 never stops it."""
-    probe_every: int = 0
-    """Steps after which the next commit's held-out figures are logged, as probe/..., while the
+    measure_every: int = 0
+    """Steps after which the next commit's held-out figures are logged, as commit/..., while the
     training goes on; 0 for none."""
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
@@ -132,7 +132,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _check_names(self)
         _check_weights(self)
-        for name in ("seed", "stop_on_collapse", "probe_every"):
+        for name in ("seed", "stop_on_collapse", "measure_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 1 <= self.workers <= self.order.slots:
@@ -229,7 +229,7 @@ FREE_TO_CHANGE = frozenset(
         "checkpoint_every",
         "log_every",
         "stop_on_collapse",
-        "probe_every",
+        "measure_every",
         "max_restarts",
         "vocabulary_file",
         "register",

@@ -34,7 +34,7 @@ from pipelines.training.spool import read_spool
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError
 from pipelines.use.bundle import write_bundle
 from pipelines.use.card import model_card
-from pipelines.use.commit_probe import CommitProbe
+from pipelines.use.commit_figures import CommitFigures
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
 from pipelines.use.pictures import write_pictures
@@ -232,7 +232,6 @@ def start_tracking(run: Run) -> Tracker:
     """Start to send what the run logs; a server that is down delays nothing."""
     config = run.config
     tracker = Tracker(run.dir, config.tracking_uri, config.experiment, run.key, config.name)
-    tracker.start()
     tracker.log_params({name: str(value) for name, value in to_flat(to_record(config)).items()})
     known = {
         "fingerprint": run.manifest.fingerprint,
@@ -240,7 +239,7 @@ def start_tracking(run: Run) -> Tracker:
         **code_version(),
     }
     tracker.set_tags({f"rayssl.{name}": value for name, value in known.items() if value})
-    tracker.log_dataset(dataset_of(run.manifest))
+    tracker.start(dataset_of(run.manifest))
     return tracker
 
 
@@ -277,11 +276,11 @@ def _attempt(run: Run, worker: Any) -> str | None:
     Raises:
         UserError: The one that a worker raised, but for an outage.
     """
-    progress, probe = Progress(run.dir, run.config), CommitProbe(run)
-    error = watched(lambda: _fit(run, worker), progress.update, probe.update)
+    progress, figures = Progress(run.dir, run.config), CommitFigures(run)
+    error = followed(lambda: _fit(run, worker), progress.update, figures.update)
     progress.close()
     if error is None:
-        probe.close()
+        figures.close()
         return None
     found = unwrap(error)
     if isinstance(found, UserError) and not isinstance(found, OutageError):
@@ -291,7 +290,7 @@ def _attempt(run: Run, worker: Any) -> str | None:
     return str(found) if isinstance(found, OutageError) else root_cause(error)
 
 
-def watched(function: Callable[[], object], *updates: Callable[[], None]) -> BaseException | None:
+def followed(function: Callable[[], object], *updates: Callable[[], None]) -> BaseException | None:
     """Call updates until a function has ended, and return what it raised, if it did."""
     done = _in_thread(function)
     while not done.done():

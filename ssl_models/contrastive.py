@@ -70,7 +70,7 @@ class ContrastiveConfig:
 
 
 class Contrastive(Objective):
-    """An image encoder with a projection head, trained on one term, `triplet` or `nt-xent`."""
+    """An image encoder with a projection head, trained on one term, `triplet` or `nt_xent`."""
 
     pretraining_only = ("projection.",)
     remedy = (
@@ -81,7 +81,8 @@ class Contrastive(Objective):
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
         self.config = config
-        self.coefficients = {config.loss.kind: 1.0}
+        self.term = config.loss.kind.replace("-", "_")  # as its metrics are called
+        self.coefficients = {self.term: 1.0}
         self.joins_slots = config.negatives_from == "global"
         self.encoder = build_image_encoder(config.encoder)
         self.projection = nn.Sequential(
@@ -92,7 +93,7 @@ class Contrastive(Objective):
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         """Return the weight of the anchors, those without a negative in reach included."""
-        return {self.config.loss.kind: batch["weight"].sum(dtype=torch.float32)}
+        return {self.term: batch["weight"].sum(dtype=torch.float32)}
 
     def forward(self, batch: Batch) -> StepOutput:
         """Return the summed losses of one slot, computed in float32 even under autocast.
@@ -200,4 +201,4 @@ class Contrastive(Objective):
                 metrics = {"nt_xent_loss": term, "nt_xent_accuracy": (right, total)}
             case _:
                 assert_never(self.config.loss)
-        return {self.config.loss.kind: term}, metrics
+        return {self.term: term}, metrics

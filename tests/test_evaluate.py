@@ -28,7 +28,7 @@ from pipelines.recipes import recipe
 from pipelines.run import Run, locked, open_run
 from pipelines.training.checkpoint import START_DIGEST, Commit
 from pipelines.use import evaluate as evaluation_module
-from pipelines.use.baselines import Counts, bootstrap, length_accuracy, unigram_loss
+from pipelines.use.baselines import Counts, length_accuracy, unigram_loss
 from pipelines.use.bundle import write_bundle
 from pipelines.use.evaluate import (
     MAX_DOCUMENTS,
@@ -248,31 +248,6 @@ def test_what_was_not_learned_of_pairs_has_no_figures(
     evaluation = evaluate_encoder(encoder, manifest_of(tmp_path / "corpus"))
     assert evaluation.nsp_pairs == 0
     assert evaluation.lines()[-1].endswith("or none was learned from")
-
-
-def test_the_interval_covers_the_true_accuracy() -> None:
-    """Documents differ in how easy they are, so the pairs of one document are not independent."""
-    dice = np.random.default_rng(1)
-    documents = np.repeat(np.arange(60), 8)
-    covered = 0
-    for _ in range(150):
-        ease = dice.beta(7, 3, size=60)
-        correct = dice.random(len(documents)) < ease[documents]
-        low, high = bootstrap(np.bincount(documents, weights=correct), np.bincount(documents))
-        covered += low <= 0.7 <= high
-    assert 0.88 <= covered / 150 <= 0.995
-
-
-def test_the_interval_is_as_wide_as_the_documents_make_it() -> None:
-    dice = np.random.default_rng(2)
-    correct = (dice.random(40) < 0.5).astype(np.float64)
-    ones = np.ones(40, dtype=np.int64)
-
-    once = bootstrap(correct, ones)
-    repeated = bootstrap(np.append(25 * correct, 0.0), np.append(25 * ones, 0))
-
-    assert repeated == pytest.approx(once)
-    assert once[1] - once[0] == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.2)
 
 
 def test_the_unigram_loss_of_hand_made_counts() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from pipelines.use.encoder import Encoder
 from pipelines.use.evaluate_labels import LabelEvaluation, evaluate_labels
 from pipelines.use.labelled_features import Part
 from pipelines.use.probe import (
-    interval,
     kept_aside,
     linear_probe,
     nearest_neighbours,
@@ -153,42 +151,6 @@ def test_the_strength_is_chosen_on_the_items_kept_aside() -> None:
     given, asked = noisy(labels), noisy(truth)
     right = (linear_probe(given, labels, kept_aside(labels, words_of(120)), asked) == truth).mean()
     assert right > 0.95
-
-
-@pytest.mark.parametrize("apart", [0.0, 0.1])
-def test_an_interval_holds_the_truth_19_times_in_20_however_far_seeds_are_apart(
-    apart: float,
-) -> None:
-    dice = np.random.default_rng(5)
-    held = 0
-    for _ in range(300):
-        ability = 0.7 + apart * (dice.random(3) - 0.5)  # of seeds, around the truth
-        low, high = interval((dice.random((3, 1000)) < ability[:, None]).astype(np.int8))
-        held += low <= 0.7 <= high
-    assert 0.92 <= held / 300 <= 1
-
-
-def test_the_paired_interval_is_narrow_where_two_methods_err_alike() -> None:
-    dice = np.random.default_rng(5)
-    difficulty = dice.random(400)
-    first, second = ((difficulty < share) * np.ones((3, 1)) for share in (0.8, 0.75))
-    low, high = interval(first - second)
-    assert 0.01 < low < float((first - second).mean()) < high < 0.08
-    one = interval(first)
-    assert high - low < 0.7 * (one[1] - one[0])
-
-
-def test_an_interval_has_the_width_that_items_and_seeds_give_it() -> None:
-    dice = np.random.default_rng(7)
-    alone = (dice.random((1, 400)) < 0.5).astype(np.int8)
-    low, high = interval(alone)
-    assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(400), rel=0.1)
-    assert interval(np.repeat(alone, 3, axis=0)) == pytest.approx((low, high), abs=0.01)
-    apart = np.repeat(np.array([[0], [1], [1]]), 400, axis=1)
-    low, high = interval(apart)  # seeds that disagree are in it, too
-    half = 4.303 * math.sqrt((2 / 9 * 3 / 2) / 3)  # t of two degrees of freedom
-    assert ((low + high) / 2, (high - low) / 2) == pytest.approx((2 / 3, half), rel=1e-3)
-    assert interval(np.ones((3, 400))) == (1.0, 1.0)
 
 
 def image_encoder(seed: int = 7) -> Encoder:

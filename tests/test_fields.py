@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data import indexing
-from pipelines.data.fields import field_values
+from pipelines.data.fields import field_of_each, field_values
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import DataError
 from tests.corpus import serial_map
@@ -35,6 +35,22 @@ def test_a_sample_of_a_tar_has_its_files_the_fields_of_its_json_and_its_key(tmp_
     assert values(tmp_path, "label") == ["7", None, *end]
     assert values(tmp_path, "is") == [None, None, *end]
     assert values(tmp_path, "key") == ["a", "n/b", *end]
+
+
+def test_each_item_of_a_split_has_the_field_of_its_own_record(tmp_path: Path) -> None:
+    members = [
+        member
+        for i in range(40)
+        for member in ((f"{i}.jpg", make_picture(i)), (f"{i}.cls", str(i).encode()))
+    ]
+    (tmp_path / "x.tar").write_bytes(make_tar(members))
+    source = SourceConfig(heldout_ratio=0.3)
+    manifest = indexing.build(find_shards([str(tmp_path)]), source, serial_map)
+    shown = {make_picture(i): str(i) for i in range(40)}
+    items = manifest.read(0, "heldout")
+    assert 0 < len(items) < 40
+    assert field_of_each(manifest, 0, items, "cls") == [shown[item.data] for item in items]
+    assert field_of_each(manifest, 0, [], "cls") == []
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"{", b"[1]", b"[" * 100_000])

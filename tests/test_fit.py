@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError
 from pipelines.training.spool import read_spool
-from pipelines.use.classification_figures import accuracy_interval, figures
+from pipelines.use.classification_figures import figures
 from pipelines.use.classifier import probabilities
 from pipelines.use.encoder import Encoder
 from pipelines.use.finetune_config import FinetuneConfig
@@ -198,11 +198,3 @@ def test_figures_are_those_of_the_definition() -> None:
     assert found.macro_f1 == pytest.approx((2 / 3 + 0.8 + 0) / 3)
     assert found.loss == pytest.approx(-(4 * np.log(0.9) + 2 * np.log(0.1)) / 6)
     assert "the most frequent class is 50.0%" in found.lines()[0]
-
-
-def test_the_interval_is_that_of_a_proportion() -> None:
-    right = (np.random.default_rng(0).random(5000) < 0.8).astype(np.int64)
-    low, high = accuracy_interval(right)
-    deviation = np.sqrt(0.8 * 0.2 / 5000)
-    assert low == pytest.approx(right.mean() - 1.96 * deviation, abs=0.3 * deviation)
-    assert high == pytest.approx(right.mean() + 1.96 * deviation, abs=0.3 * deviation)

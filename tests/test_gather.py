@@ -103,7 +103,7 @@ def watched(model: Contrastive, batches: list[Batch]) -> Tensor:
 
 def step(model: Contrastive, batches: list[Batch]) -> dict[str, Tensor]:
     """Go backward on some slots as one of the ranks; return the loss and gradient of all."""
-    name = model.config.loss.kind
+    name = model.term
     total = torch.stack([model.weights(batch)[name] for batch in batches]).sum()
     dist.all_reduce(total)
     if model.joins_slots:

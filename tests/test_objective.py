@@ -118,7 +118,7 @@ def test_build_objective_builds_what_the_config_says() -> None:
                 negatives_from="global",
             ),
             Contrastive,
-            {"nt-xent": 1.0},
+            {"nt_xent": 1.0},
         ),
         (
             AutoencoderConfig(encoder=ResNetConfig(width=4, channels=1), image_size=28),

@@ -25,12 +25,12 @@ from pipelines.errors import DataError, UserError
 from pipelines.recipes import recipe
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import TrackingError
-from pipelines.use.baselines import bootstrap
 from pipelines.use.bundle import BundleError, write_bundle
 from pipelines.use.compare_models import compare
 from pipelines.use.evaluate import MAX_DOCUMENTS, measure
 from pipelines.use.gate_config import GateConfig
 from pipelines.use.heldout import Held
+from pipelines.use.intervals import bootstrap
 from pipelines.use.promotion import (
     GateError,
     GateReport,

@@ -20,7 +20,7 @@ from pipelines.recipes import recipe
 from pipelines.training.lineage import Dataset, dataset_of
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.spool import SpoolWriter, read_spool
-from pipelines.training.tracking import PROBE_FILE, Tracker, TrackingError
+from pipelines.training.tracking import COMMITS_FILE, Tracker, TrackingError
 from tests.corpus import serial_map
 
 
@@ -46,11 +46,11 @@ def dead_uri() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def started(run_dir: Path, uri: str) -> Tracker:
+def started(run_dir: Path, uri: str, data: Dataset | None = None) -> Tracker:
     """Start a Tracker whose run and experiment are those of this directory."""
     key = run_dir.parent.name
     tracker = Tracker(run_dir, uri, f"experiment-{key}", key, "a run")
-    tracker.start()
+    tracker.start(data)
     return tracker
 
 
@@ -207,28 +207,27 @@ def test_figures_of_commits_are_kept_by_commit_and_data(run_dir: Path, store: st
     data = Dataset(name="corpus", digest="d" * 32, source_type="local", source="{}", profile="{}")
 
     def log_commit(step: int, value: float) -> None:
-        writer = SpoolWriter(run_dir / "spool" / PROBE_FILE)
-        writer.append(step, {"probe/loss": value})
+        writer = SpoolWriter(run_dir / "spool" / COMMITS_FILE)
+        writer.append(step, {"commit/loss": value})
         writer.close()
 
     log(run_dir, 1, {1: {"loss": 5.0}, 2: {"loss": 4.0}})
     log_commit(1, 4.5)
-    first = started(run_dir, store)
-    first.log_dataset(data)
-    run_id = finished(first)
+    run_id = finished(started(run_dir, store, data))
     log_commit(2, 3.5)
-    (run_dir / "tracking.json").unlink()  # all is sent again
-    again = started(run_dir, store)
-    again.log_dataset(data)
-    assert finished(again) == run_id
-
-    assert history(store, run_id, "probe/loss") == [(1, 4.5), (2, 3.5)]
     client = open_client(store)
     experiment = run_of(store, run_id).info.experiment_id
+    # A driver that was killed here has made the second, and no more.
+    client.create_logged_model(experiment, name="step-000000002", source_run_id=run_id)
+    (run_dir / "tracking.json").unlink()  # all is sent again
+    assert finished(started(run_dir, store, data)) == run_id
+
+    assert history(store, run_id, "commit/loss") == [(1, 4.5), (2, 3.5)]
     commits = {model.name: model for model in client.search_logged_models([experiment])}
     assert sorted(commits) == ["step-000000001", "step-000000002"]
+    assert {model.status for model in commits.values()} == {"READY"}
     (metric,) = commits["step-000000002"].metrics
-    assert (metric.key, metric.value, metric.step) == ("probe/loss", 3.5, 2)
+    assert (metric.key, metric.value, metric.step) == ("commit/loss", 3.5, 2)
     assert (metric.dataset_name, metric.dataset_digest) == ("corpus", "d" * 32)
     outputs = run_of(store, run_id).outputs.model_outputs
     assert sorted(output.step for output in outputs) == [1, 2]
@@ -252,9 +251,7 @@ def test_params_that_differ_after_a_restart_become_a_tag(run_dir: Path, store: s
 def test_the_data_of_a_run_is_its_input_once(run_dir: Path, store: str, corpus_dir: Path) -> None:
     manifest = build(find_shards([str(corpus_dir)]), SourceConfig(), serial_map)
     for _ in range(2):
-        tracker = started(run_dir, store)
-        tracker.log_dataset(dataset_of(manifest))
-        run_id = finished(tracker)
+        run_id = finished(started(run_dir, store, dataset_of(manifest)))
 
     (logged,) = run_of(store, run_id).inputs.dataset_inputs
     assert {tag.key: tag.value for tag in logged.tags} == {"mlflow.data.context": "pretraining"}

@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from pipelines.data import tar
 from pipelines.data.filesystems import READ_ERRORS, join, parse, reason
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import Document, Manifest, Picture
 from pipelines.data.parquet import IDS, rows_from
 from pipelines.data.records import Form, Record
 from pipelines.errors import OutageError
@@ -44,6 +44,19 @@ def field_values(manifest: Manifest, number: int, field: str) -> Iterator[str | 
             yield _value(record, shard.form, field)
     except READ_ERRORS as error:
         raise OutageError(f"{name}: cannot read {field!r} ({reason(error)}); try again") from error
+
+
+def field_of_each(
+    manifest: Manifest, number: int, items: Sequence[Document | Picture], field: str
+) -> list[str | None]:
+    """Return a field of each item that `Manifest.read` found in a block, as `field_values` has it.
+
+    Raises:
+        OutageError: If the shard cannot be read.
+    """
+    values = list(field_values(manifest, number, field))
+    first = manifest.blocks[number].first_record
+    return [values[item.record - first] for item in items]
 
 
 def _value(record: Record, form: Form, field: str) -> str | None:

@@ -34,7 +34,7 @@ CLOSING_WAIT_SECONDS = 1.0
 MAX_METRICS_PER_BATCH = 1000  # what MLflow takes in one request
 MAX_PARAM_CHARACTERS = 6000  # MLflow cuts longer values without a word
 FINAL_FILE = "final.jsonl"  # of the driver; sorts behind the numbered attempts
-PROBE_FILE = "probe.jsonl"
+COMMITS_FILE = "commits.jsonl"
 """Of the driver: held-out figures of commits, which MLflow also keeps by commit and data."""
 
 
@@ -145,8 +145,11 @@ class Tracker:
         """The MLflow run, once MLflow has named it."""
         return self._run_id
 
-    def start(self) -> None:
-        """Begin to send; returns at once."""
+    def start(self, dataset: Dataset | None = None) -> None:
+        """Begin to send; returns at once. The data is logged as the run's input, once."""
+        if dataset:
+            self._dataset = dataset  # before anything is sent: figures of commits name it
+            self._queue(kind="dataset", values=asdict(dataset))
         self._thread.start()
 
     def wait_for_run_id(self, timeout_seconds: float) -> str:
@@ -169,11 +172,6 @@ class Tracker:
     def set_tags(self, tags: dict[str, str]) -> None:
         """Set tags of the run."""
         self._queue(kind="tags", values=tags)
-
-    def log_dataset(self, dataset: Dataset) -> None:
-        """Log the data that the run is pretrained on as its input, once."""
-        self._dataset = dataset
-        self._queue(kind="dataset", values=asdict(dataset))
 
     def log_artifact(self, path: Path, folder: str) -> None:
         """Upload a file or directory into a folder of the run; it must stay until it was sent."""
@@ -278,37 +276,34 @@ class Tracker:
             metrics = []
             for record in chunk:
                 fresh = marks.take(record)
-                belongs = self._commit_of(record) if fresh else {}
+                is_of_commit = fresh and record.attempt == COMMITS_FILE
+                belongs = self._commit_of(marks.run_id, record.step) if is_of_commit else {}
                 metrics += [
                     Metric(name, value, record.timestamp_ms, record.step, **belongs)
                     for name, value in fresh.items()
                 ]
             if metrics:
-                self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+                self._client.log_batch(marks.run_id, metrics=metrics, synchronous=True)
             self._save_marks(marks)
 
-    def _commit_of(self, record: SpoolRecord) -> dict[str, str]:
+    def _commit_of(self, run_id: str, step: int) -> dict[str, str]:
         """Return what figures of a commit belong to: a LoggedModel without files, and the data."""
         from mlflow.entities import LoggedModelOutput
 
-        if record.attempt != PROBE_FILE:
-            return {}
-        experiment_id = self._client.get_run(self._run_id).info.experiment_id
-        name = f"step-{record.step:09d}"
+        experiment_id = self._client.get_run(run_id).info.experiment_id
+        name = f"step-{step:09d}"
         found = self._client.search_logged_models(
-            [experiment_id], f"name = '{name}' AND source_run_id = '{self._run_id}'"
+            [experiment_id], f"name = '{name}' AND source_run_id = '{run_id}'"
         )
-        if found:
-            model_id = found[0].model_id
-        else:
-            made = self._client.create_logged_model(
-                experiment_id, name=name, source_run_id=self._run_id, model_type="checkpoint"
+        model, *_ = found or [
+            self._client.create_logged_model(
+                experiment_id, name=name, source_run_id=run_id, model_type="checkpoint"
             )
-            model_id = made.model_id
-            self._client.finalize_logged_model(model_id, "READY")
-            output = LoggedModelOutput(model_id, step=record.step)
-            self._client.log_outputs(self._run_id, [output])
-        belongs = {"model_id": model_id, "run_id": self._run_id or ""}
+        ]
+        if model.status != "READY":  # new, or its maker was killed here
+            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
+            self._client.finalize_logged_model(model.model_id, "READY")
+        belongs = {"model_id": model.model_id, "run_id": run_id}
         if self._dataset:
             named = self._dataset
             belongs |= {"dataset_name": named.name, "dataset_digest": named.digest}

@@ -1,7 +1,6 @@
 """What an encoder has to beat: word frequencies, the lengths of A and B, and chance."""
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,6 @@ from pipelines.data.text import IGNORED, TextRows
 
 Floats = NDArray[np.float64]
 
-NUM_RESAMPLES = 2000
 LENGTH_BIN = 4
 
 
@@ -68,17 +66,3 @@ def length_accuracy(learned: list[Counts], judged: list[Counts]) -> float:
         right += int(np.take_along_axis(asked.labels, told, axis=0).sum())
         num_labels += int(asked.labels.sum())
     return right / num_labels if num_labels else math.nan
-
-
-def bootstrap(right: NDArray[Any], pairs: NDArray[Any]) -> tuple[float, float]:
-    """Return the 95 % interval of sum(right) / sum(pairs) when documents are drawn anew.
-
-    Each place of the two arrays is one document, or a group of them.
-    """
-    right, pairs = right[pairs > 0], pairs[pairs > 0]
-    if not len(pairs):
-        return math.nan, math.nan
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(NUM_RESAMPLES, len(pairs)))
-    accuracies = right[drawn].sum(axis=1) / pairs[drawn].sum(axis=1)
-    low, high = np.quantile(accuracies, [0.025, 0.975])
-    return float(low), float(high)

@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.tables import table
-from pipelines.use.baselines import bootstrap
+from pipelines.use.intervals import interval
 
 MOST_COLUMNS = 12
 """Classes of which the terminal shows the whole confusion matrix."""
 SIDE_INCHES, MOST_INCHES = 0.45, 20.0
 """Of a class in the picture of the confusion matrix, and of all of them."""
-GROUPS = 1024
-"""The bootstrap draws examples, or so many groups of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,7 @@ class ClassificationFigures:
     accuracy: float
     low: float
     high: float
-    """95 % interval of the accuracy by bootstrap over examples."""
+    """95 % interval of the accuracy, when examples are drawn anew."""
     loss: float
     """Mean cross entropy in nats."""
     precision: tuple[float, ...]
@@ -130,7 +127,7 @@ def figures(
         labels, told, labels=numbers, zero_division=0.0
     )
     right = (told == labels).astype(np.int64)
-    low, high = accuracy_interval(right)
+    low, high = interval(right[None])
     truth = probabilities[np.arange(len(labels)), labels]
     return ClassificationFigures(
         classes=tuple(classes),
@@ -143,12 +140,3 @@ def figures(
         recall=tuple(recall.tolist()),
         f1=tuple(f1.tolist()),
     )
-
-
-def accuracy_interval(right: NDArray[Any]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of `right`, when examples are drawn anew.
-
-    Of more than `GROUPS` examples, groups of them are drawn.
-    """
-    group = np.arange(len(right)) % GROUPS
-    return bootstrap(np.bincount(group, weights=right), np.bincount(group))

@@ -12,7 +12,8 @@ import numpy as np
 
 from pipelines.errors import DataError
 from pipelines.tables import table
-from pipelines.use.baselines import Floats, bootstrap
+from pipelines.use.baselines import Floats
+from pipelines.use.intervals import bootstrap
 
 MIN_ITEMS = 30
 """Fewer items give an interval that is too narrow, and so let too much pass."""

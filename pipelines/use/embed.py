@@ -24,7 +24,7 @@ import torch
 from pipelines.cluster import unwrap
 from pipelines.console import PLAIN_LINES_EVERY_SECONDS, say
 from pipelines.data.batches import MAX_READ_TASKS, numbered_blocks
-from pipelines.data.fields import KEY, field_values
+from pipelines.data.fields import KEY, field_of_each
 from pipelines.data.manifest import Document, Manifest, Picture, Quarantined
 from pipelines.data.records import THINGS
 from pipelines.data.shards import unit_of
@@ -207,8 +207,7 @@ def _names(job: EmbedJob, number: int, items: Sequence[Document | Picture]) -> p
     first = job.first_records[block.shard]
     records_in_shard = [item.record - first for item in items]
     if field := job.id_field or (KEY if block.files else ""):
-        values = list(field_values(job.manifest, number, field))
-        ids = [values[item.record - block.first_record] for item in items]
+        ids: list[Any] = field_of_each(job.manifest, number, items, field)
     else:
         ids = [f"{path}:{record}" for record in records_in_shard]
     for name, record in zip(ids, records_in_shard, strict=True):

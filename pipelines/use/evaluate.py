@@ -21,10 +21,11 @@ from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
 from pipelines.errors import DataError
 from pipelines.run import Run
-from pipelines.use.baselines import Counts, Floats, bootstrap, length_accuracy, unigram_loss
+from pipelines.use.baselines import Counts, Floats, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
 from pipelines.use.encoder import Encoder
 from pipelines.use.heldout import Held, without_copies
+from pipelines.use.intervals import bootstrap
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.objective import Objective
 

@@ -25,11 +25,11 @@ from pipelines.tables import table
 from pipelines.training.loop import load_objective
 from pipelines.training.start import untrained
 from pipelines.use.encoder import Encoder
+from pipelines.use.intervals import interval
 from pipelines.use.labelled_features import Embedded, Items, Part, embedded, labelled_items
 from pipelines.use.probe import (
     EVERY,
     Rule,
-    interval,
     kept_aside,
     linear_probe,
     nearest_neighbours,

@@ -32,9 +32,9 @@ from pipelines.console import Progress, say
 from pipelines.errors import TrainingError, UserError
 from pipelines.pretrain import (
     REGISTRY_TIMEOUT_SECONDS,
+    followed,
     register_bundle,
     root_cause,
-    watched,
 )
 from pipelines.storage import held, write_file, write_folder, write_json
 from pipelines.training.lineage import code_version
@@ -191,7 +191,7 @@ def _train(task: FitTask, asked: "Finetune", run_dir: Path) -> Fitted:
             ),
         )
         progress = Progress(run_dir, task.schedule)
-        error = watched(trainer.fit, progress.update)
+        error = followed(trainer.fit, progress.update)
         progress.close()
         if error is not None:
             if isinstance(found := unwrap(error), UserError):

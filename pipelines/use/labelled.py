@@ -17,7 +17,7 @@ import ray
 from pipelines.cluster import parallel_map
 from pipelines.console import say
 from pipelines.data.decode import decode
-from pipelines.data.fields import field_values
+from pipelines.data.fields import field_of_each
 from pipelines.data.gate import check
 from pipelines.data.manifest import Manifest, Picture
 from pipelines.data.shards import Rejected, SourceConfig
@@ -190,20 +190,17 @@ def _read_block(
 ) -> tuple[list[Example], dict[str, list[str]], int]:
     """Return examples, the places of records that lack a field, and how many are no pictures."""
     manifest = ray.get(told)
-    block = manifest.blocks[number]
-    labels = list(field_values(manifest, number, fields.label))
-    pair = fields.text_pair
-    seconds = list(field_values(manifest, number, pair)) if pair else labels
+    items = manifest.read(number, "training")
+    path, pair = manifest.shards[manifest.blocks[number].shard].path, fields.text_pair
+    labels = field_of_each(manifest, number, items, fields.label)
+    seconds = field_of_each(manifest, number, items, pair) if pair else labels
     examples = []
     num_unreadable = 0
     lacking: dict[str, list[str]] = {fields.label: [], pair: []}
-    for found in manifest.read(number, "training"):
-        i = found.record - block.first_record
-        for name, value in ((fields.label, labels[i]), (pair, seconds[i])):
+    for found, label, second in zip(items, labels, seconds, strict=True):
+        for name, value in ((fields.label, label), (pair, second)):
             if name and value is None:
-                path = manifest.shards[block.shard].path
                 lacking[name].append(f"record {found.record} of the data, in {path}")
-        label, second = labels[i], seconds[i]
         item: Any = found.data if isinstance(found, Picture) else found.text
         if isinstance(found, Picture) and isinstance(decode(found.data, 3), Rejected):
             num_unreadable += 1

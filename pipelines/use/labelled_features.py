@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.cluster import parallel_map
-from pipelines.data.fields import field_values
+from pipelines.data.fields import field_of_each
 from pipelines.data.images import ImageRows
 from pipelines.data.manifest import Manifest, Split
 from pipelines.data.randomness import Words64
@@ -128,17 +128,17 @@ class _Row(NamedTuple):
 
 def _labels(told: "ray.ObjectRef[tuple[Part, str]]", number: int) -> list[_Row]:
     (manifest, split), field = _fetch(told)
-    values = list(field_values(manifest, number, field))
-    longest = max((value or "" for value in values), key=len)
+    items = manifest.read(number, split)
+    values = field_of_each(manifest, number, items, field)
+    longest = max((value or "" for value in values), key=len, default="")
     if len(longest) > MAX_LABEL_CHARS:
         raise UserError(
             f"{field!r} holds {longest[:40]!r}... of {len(longest)} characters, which is no label: "
             "name another field with --labels"
         )
-    first = manifest.blocks[number].first_record
     return [
-        _Row(number, item.record, item.content, values[item.record - first])
-        for item in manifest.read(number, split)
+        _Row(number, item.record, item.content, value)
+        for item, value in zip(items, values, strict=True)
     ]
 
 

@@ -1,16 +1,14 @@
-"""What frozen features tell of labels: a linear probe, nearest neighbours, and intervals.
+"""What frozen features tell of labels: a linear probe, and nearest neighbours.
 
 The same protocol for every kind of features, so that what differs is the features alone: what is
 to be chosen is chosen on a fifth of the labelled items, kept aside for it, the test items unseen.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -110,24 +108,3 @@ def _ranks(labels: Labels, words: Words64) -> NDArray[np.int64]:
     rank = np.empty(len(labels), dtype=np.int64)
     rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return rank
-
-
-def interval(scores: NDArray[Any]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of scores (seeds, items), both of them drawn anew.
-
-    The variances of the means of seeds and of the means of items add up, and Student's t has the
-    degrees of freedom of Welch and Satterthwaite: of few seeds a bootstrap does not know how far
-    apart others would be, and covered the truth 79 % of the time for three that differ more than
-    items do. One seed is taken for all there is. Of the difference of two methods' scores on the
-    same items this is the paired interval.
-    """
-    mean, parts = float(scores.mean()), []
-    for means in (scores.mean(axis=1), scores.mean(axis=0)):
-        if len(means) > 1:
-            parts.append((float(means.var(ddof=1)) / len(means), len(means) - 1))
-    variance = sum(part for part, _ in parts)
-    if not variance:
-        return mean, mean
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
-    return mean - half, mean + half

@@ -198,7 +198,7 @@ def _find_version(uri: str, tracking_uri: str) -> Any:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise BundleError(f"{uri}: MLflow did not answer: {brief(error)}") from error
-    names = {model.name: model for model in client.search_registered_models()}
+    names = {model.name: model for model in client.search_registered_models(max_results=1000)}
     if not names:
         raise BundleError(f"{uri}: no model is registered yet; register one")
     if name not in names:

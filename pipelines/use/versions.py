@@ -12,7 +12,7 @@ from pipelines.use.registry import RECIPE_TAG, open_registry
 FIGURES = ("heldout/", "test/")
 """Prefixes of the metrics of a version's run that are shown; classifiers have the second."""
 SHOWN = (
-    *("mlm_loss", "nsp_accuracy", "triplet_loss", "nt-xent_loss", "reconstruction_loss"),
+    *("mlm_loss", "nsp_accuracy", "triplet_loss", "nt_xent_loss", "reconstruction_loss"),
     *("accuracy", "macro_f1"),
 )
 

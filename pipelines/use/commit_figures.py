@@ -2,7 +2,7 @@
 
     commit of every so many steps -> a task with a copy of its weights -> spool -> MLflow
 
-The points are `probe/...` at the steps of the commits; each is logged once, whatever is resumed.
+The points are `commit/...` at the steps of the commits; each is logged once, whatever is resumed.
 MLflow keeps them as metrics of the run, and of a LoggedModel for each commit, with the data.
 """
 
@@ -20,7 +20,7 @@ from pipelines.errors import DataError, brief
 from pipelines.run import Run
 from pipelines.training.checkpoint import Commit
 from pipelines.training.spool import SpoolWriter, read_spool
-from pipelines.training.tracking import PROBE_FILE
+from pipelines.training.tracking import COMMITS_FILE
 from pipelines.use.evaluate import evaluate
 from pipelines.use.evaluate_images import evaluate_images
 from ssl_models import build_objective
@@ -31,14 +31,14 @@ PATIENCE_SECONDS = 60.0
 """How long the end of the training waits for the last figures."""
 
 
-class CommitProbe:
+class CommitFigures:
     """Measures commits of a run, one at a time; what fails or comes too late is said and left."""
 
     def __init__(self, run: Run) -> None:
         self._run = replace(run, dir=run.dir.resolve(), manifest=bounded(run.manifest))
-        is_on = run.config.probe_every and run.manifest.records_where("heldout")
+        is_on = run.config.measure_every and run.manifest.records_where("heldout")
         self._run_ref = ray.put(self._run) if is_on else None
-        logged = [r.step for r in read_spool(run.dir / "spool", {}) if r.attempt == PROBE_FILE]
+        logged = [r.step for r in read_spool(run.dir / "spool", {}) if r.attempt == COMMITS_FILE]
         self._last = max(logged, default=0)
         self._due: Commit | None = None
         self._measured: Commit | None = None
@@ -50,7 +50,7 @@ class CommitProbe:
             return
         with contextlib.suppress(DataError):  # a commit that is spoilt is for others to tell
             newest = self._run.log.newest()
-            every = self._run.config.probe_every
+            every = self._run.config.measure_every
             if newest and newest.step // every > self._last // every:
                 self._due, self._last = newest, newest.step
         if self._task is not None and ray.wait([self._task], timeout=0)[0]:
@@ -75,7 +75,7 @@ class CommitProbe:
         task, self._task = self._task, None
         try:
             metrics = ray.get(task)
-            writer = SpoolWriter(self._run.dir / "spool" / PROBE_FILE)
+            writer = SpoolWriter(self._run.dir / "spool" / COMMITS_FILE)
             writer.append(self._measured.step, metrics)
             writer.close()
         except Exception as error:  # the training does without these figures
@@ -112,6 +112,6 @@ def _measure(run: Run, commit: Commit) -> dict[str, float]:
     objective.load_state_dict(run.log.load(commit)[0])
     evaluation = (evaluate if run.pieces else evaluate_images)(objective, run)
     return {
-        f"probe/{name.removeprefix('heldout/')}": value
+        f"commit/{name.removeprefix('heldout/')}": value
         for name, value in evaluation.metrics().items()
     }

@@ -19,9 +19,9 @@ from pipelines.training.checkpoint import Commit
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.spool import read_spool
 from pipelines.training.start import draw
-from pipelines.training.tracking import PROBE_FILE
-from pipelines.use import commit_probe
-from pipelines.use.commit_probe import CommitProbe, bounded
+from pipelines.training.tracking import COMMITS_FILE
+from pipelines.use import commit_figures
+from pipelines.use.commit_figures import CommitFigures, bounded
 from pipelines.use.evaluate_images import evaluate_images
 from tests.corpus import serial_map
 from tests.pictures import write_pictures
@@ -34,7 +34,7 @@ def run(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     monkeypatch.setattr(indexing, "MIN_BLOCK_BYTES", 8000)
     write_pictures(tmp_path / "pictures", num_pictures=120)
     source = SourceConfig(heldout_ratio=0.2)
-    config = replace(recipe("image-tiny"), name="run", probe_every=10, source=source)
+    config = replace(recipe("image-tiny"), name="run", measure_every=10, source=source)
     manifest = build(find_shards([str(tmp_path / "pictures")]), source, serial_map)
     return Run(tmp_path / "run", "key", config, manifest, None)
 
@@ -55,28 +55,28 @@ def commit(run: Run, step: int, attempt: int = 1) -> None:
 
 
 def points(run: Run) -> dict[int, dict[str, float]]:
-    found = [r for r in read_spool(run.dir / "spool", {}) if r.attempt == PROBE_FILE]
+    found = [r for r in read_spool(run.dir / "spool", {}) if r.attempt == COMMITS_FILE]
     assert len({record.step for record in found}) == len(found), "a step is there twice"
     return {record.step: record.metrics for record in found}
 
 
 def test_commits_are_measured_once_and_a_resumed_run_goes_on(run: Run) -> None:
-    probe = CommitProbe(run)
+    figures = CommitFigures(run)
     for step in (5, 10, 15):
         commit(run, step)
-        probe.update()
-    probe.close()
+        figures.update()
+    figures.close()
     assert list(points(run)) == [10]
     expected = evaluate_images(draw(replace(run.config, seed=10)), run).losses["triplet"]
-    assert points(run)[10]["probe/triplet_loss"] == pytest.approx(expected, rel=1e-5)
+    assert points(run)[10]["commit/triplet_loss"] == pytest.approx(expected, rel=1e-5)
 
-    again = CommitProbe(run)  # of the next attempt, which replays steps
+    again = CommitFigures(run)  # of the next attempt, which replays steps
     for step in (10, 15, 23):
         commit(run, step, attempt=2)
         again.update()
     again.close()
     assert list(points(run)) == [10, 23]
-    off = CommitProbe(replace(run, config=replace(run.config, probe_every=0)))
+    off = CommitFigures(replace(run, config=replace(run.config, measure_every=0)))
     commit(run, 30, attempt=2)
     off.close()
     assert list(points(run)) == [10, 23]
@@ -88,20 +88,20 @@ def test_a_commit_that_is_gone_or_too_slow_costs_one_line(
     commit(run, 10)
     for path in (run.dir / "checkpoints").glob("*/model.safetensors"):
         path.unlink()
-    probe = CommitProbe(run)
-    probe.close()
+    figures = CommitFigures(run)
+    figures.close()
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("measuring commit 000001-000000010 failed (")
     assert "step-000000010-000001" in said
     assert said.endswith("): the training goes on without it")
 
-    monkeypatch.setattr(commit_probe, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(commit_figures, "PATIENCE_SECONDS", 0)
     commit(run, 20)
-    CommitProbe(run).close()
+    CommitFigures(run).close()
     assert "took too long: the training goes on without it" in capsys.readouterr().out
     assert points(run) == {}
     (run.dir / "commits" / "000001-000000020.json").write_text("{")
-    CommitProbe(run).close()
+    CommitFigures(run).close()
     assert capsys.readouterr().out == ""
 
 
@@ -109,7 +109,7 @@ def test_a_bounded_manifest_trains_the_same_and_holds_out_less(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert bounded(run.manifest) == run.manifest
-    monkeypatch.setattr(commit_probe, "MAX_RECORDS", 10)
+    monkeypatch.setattr(commit_figures, "MAX_RECORDS", 10)
     less = bounded(run.manifest)
     blocks = less.blocks_of("heldout")
     assert set(blocks) < set(run.manifest.blocks_of("heldout"))
@@ -129,23 +129,23 @@ def test_a_run_is_measured_while_it_trains(tmp_path: Path, monkeypatch: pytest.M
     config: RunConfig = replace(
         recipe("image-tiny"),
         data=(str(tmp_path / "pictures"),),
-        name="probed",
+        name="measured",
         tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
         steps=20,
         checkpoint_every=10,
-        probe_every=10,
+        measure_every=10,
         source=SourceConfig(heldout_ratio=0.2),
     )
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         account = pretrain(config)
     assert "measuring" not in out.getvalue()
-    found = points(load_run(tmp_path / "runs" / "probed"))
+    found = points(load_run(tmp_path / "runs" / "measured"))
     assert 20 in found
     at_end = account["evaluation"]["heldout/triplet_loss"]
-    assert found[20]["probe/triplet_loss"] == pytest.approx(at_end, rel=1e-5)
+    assert found[20]["commit/triplet_loss"] == pytest.approx(at_end, rel=1e-5)
     client = open_client(config.tracking_uri)
-    sent = client.get_metric_history(account["mlflow_run"], "probe/triplet_loss")
+    sent = client.get_metric_history(account["mlflow_run"], "commit/triplet_loss")
     outputs = client.get_run(account["mlflow_run"]).outputs.model_outputs
     assert {output.step for output in outputs} >= set(found)
     assert [point.step for point in sent] == sorted(found)
