@@ -66,7 +66,7 @@ def mnist_triplet() -> RunConfig:
     return RunConfig(
         recipe="mnist-triplet",
         register="rayssl-mnist-triplet",
-        steps=2000,
+        steps=1250,
         checkpoint_every=250,
         log_every=25,
         source=SourceConfig(heldout_ratio=0.02),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ssl_models.image_encoder import ImageEncoderConfig, build_image_encoder
 from ssl_models.objective import Batch, Objective, StepOutput
 from ssl_models.pixels import MAX_PIXEL
-from ssl_models.resnet import group_norm
+from ssl_models.resnet import check_width, group_norm
 
 MIN_START, MAX_START = 4, 8
 """Sizes of the map that a decoder starts from: the image size, halved until below 8."""
@@ -51,12 +51,7 @@ class AutoencoderConfig:
                 f"image_size must be 4, 5, 6 or 7 times a power of two, got {self.image_size}: "
                 "28, 32, 64, 96 and 224 are"
             )
-        if self.decoder_width not in (4, 8) and (
-            self.decoder_width < 16 or self.decoder_width % 16
-        ):
-            raise ValueError(
-                f"decoder_width must be 4, 8 or a multiple of 16, got {self.decoder_width}"
-            )
+        check_width("decoder_width", self.decoder_width)
 
     @property
     def start_size(self) -> int:
@@ -96,7 +91,9 @@ class Decoder(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Return the drawn pixels (B, C, H, W), on the scale that the config compares."""
-        drawn_BCHW: Tensor = self.output(self.doublings(self.start(features_BD)))
+        # The large maps have few channels: with them last, a step takes a sixth less of a CPU.
+        start_BCHW = self.start(features_BD).contiguous(memory_format=torch.channels_last)
+        drawn_BCHW: Tensor = self.output(self.doublings(start_BCHW))
         return drawn_BCHW
 
 

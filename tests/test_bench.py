@@ -10,12 +10,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from infra.bench import image_rows, text_rows, text_rows_on_ray
+from infra.bench import embed, image_rows, text_rows, text_rows_on_ray
 from infra.bench.measure import Watch, processes, ratio, spread
 from infra.bench.pillow_views import make_view
 from infra.bench.text_rows import Corpus, open_corpus
 from pipelines.data.views import ViewConfig
 from pipelines.data.vocabulary import Vocabulary
+from pipelines.recipes import recipe
+from tests.pictures import write_pictures
 from tests.test_decode import encode, scene
 
 
@@ -44,6 +46,22 @@ def test_a_watch_sees_this_process_alone_where_it_has_started_none() -> None:
     assert found.role == "driver"
     assert len(watch.peak_megabytes("driver")) == 1
     assert 0 < watch.cpu_seconds("driver", "workers") <= found.cpu_seconds
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("name", ["text-mini", "image-tiny"])
+def test_embedding_is_measured_beside_the_bare_encoder(
+    name: str, corpus_dir: Path, tmp_path: Path
+) -> None:
+    data = corpus_dir
+    if name == "image-tiny":
+        data = tmp_path / "pictures"
+        write_pictures(data, num_pictures=40)
+    job = embed.make_job(recipe(name), [str(data)], tmp_path)
+    result = embed.measure(job, repeats=1)
+    assert result["items"] == job.manifest.records_where("training") >= 40
+    assert result["workers_to_bare_cpu_ratio"]["median"] > 0
 
 
 def test_spreads_and_ratios_are_of_pairs() -> None:

@@ -1,12 +1,13 @@
 """What `rayssl embed` costs beside the encoder: Ray, reading, ids and Parquet.
 
     python -m infra.bench.embed samples/wikipedia
+    python -m infra.bench.embed samples/photos --recipe photos-triplet
 
-The documents are the paragraphs of DATA. The bare loop is `Encoder.encode` on the texts of the
-same units, so on the same batches, in one process with one thread. Both run in turn, several
-times, against one warm local Ray with one worker; medians count. The ratios are what carries over
-to other machines; that of seconds is of use on an idle machine alone, those of CPU seconds, of
-Ray's workers and of all its processes, on a busy one too.
+The items are the paragraphs of DATA, or its pictures. The bare loop is `Encoder.encode` on the
+texts or bytes of the same units, so on the same batches, in one process with one thread. Both run
+in turn, several times, against one warm local Ray with one worker; medians count. The ratios are
+what carries over to other machines; that of seconds is of use on an idle machine alone, those of
+CPU seconds, of Ray's workers and of all its processes, on a busy one too.
 """
 
 import argparse
@@ -22,9 +23,12 @@ import torch
 
 from infra.bench.measure import Watch, cpu_seconds, in_turn, keep, rates, ratio, wall_seconds
 from pipelines.cluster import cluster
+from pipelines.config import RunConfig, to_record
+from pipelines.data.manifest import Document, Manifest
 from pipelines.data.vocabulary_training import train_vocabulary
-from pipelines.recipes import text_mini
+from pipelines.recipes import RECIPES, recipe
 from pipelines.run import index
+from pipelines.training.start import draw
 from pipelines.use.embed import EmbedJob, embed
 from pipelines.use.encoder import Encoder
 from ssl_models import build_objective
@@ -34,17 +38,24 @@ def main() -> None:
     """Measure, print the result and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+")
+    parser.add_argument("--recipe", default="text-mini", choices=RECIPES)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, cluster("", 1, verbose=False):
-        keep("embed", measure(make_job(given.data, Path(folder)), given.repeats))
+        job = make_job(recipe(given.recipe), given.data, Path(folder))
+        result = measure(job, given.repeats)
+    keep(f"embed_{job.encoder.modality}", {"encoder": given.recipe, **result})
 
 
 def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
     """Return the speed of both."""
-    texts = [
-        [d.text for block in unit for d in job.manifest.read(block, "training")]
+    contents = [
+        [
+            item.text if isinstance(item, Document) else item.data
+            for block in unit
+            for item in job.manifest.read(block, "training")
+        ]
         for unit in job.units
     ]
     embed(job, 1)  # warms Ray's workers
@@ -59,7 +70,7 @@ def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
         watches.append(watch)
 
     def loop() -> None:
-        for unit in texts:
+        for unit in contents:
             job.encoder.encode(unit)
 
     def bare() -> None:
@@ -69,24 +80,39 @@ def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
     seconds = in_turn(repeats, what)
     workers_cpu = [watch.cpu_seconds("workers") for watch in watches]
     all_cpu = [watch.cpu_seconds("workers", "driver", "ray") for watch in watches]
-    documents = sum(map(len, texts))
+    items = sum(map(len, contents))
     return {
-        "what": "documents to Parquet with one worker, beside the bare Encoder.encode loop",
-        "encoder": "text-mini",
+        "what": f"{job.things} to Parquet with one worker, beside the bare Encoder.encode loop",
         "repeats": repeats,
-        "documents": documents,
-        "files": len(texts),
-        "embed_documents_per_second": rates(documents, seconds["embed"]),
-        "bare_documents_per_second": rates(documents, seconds["bare"]),
+        "items": items,
+        "files": len(contents),
+        "embed_items_per_second": rates(items, seconds["embed"]),
+        "bare_items_per_second": rates(items, seconds["bare"]),
         "embed_to_bare_seconds_ratio": ratio(seconds["embed"], seconds["bare"]),
         "workers_to_bare_cpu_ratio": ratio(workers_cpu, bare_cpu),
         "all_processes_to_bare_cpu_ratio": ratio(all_cpu, bare_cpu),
     }
 
 
-def make_job(data: list[str], folder: Path) -> EmbedJob:
-    """Return the embedding of the paragraphs of some shards by an encoder of fresh weights."""
-    config = text_mini()
+def make_job(config: RunConfig, data: list[str], folder: Path) -> EmbedJob:
+    """Return the embedding of some shards by an encoder of fresh weights."""
+    source = replace(config.source, heldout_ratio=0.0)
+    if config.modality == "images":
+        manifest = index(data, source, folder / "manifest.json", "images")
+        encoder = Encoder(to_record(config), None, draw(config).eval())
+    else:
+        manifest, encoder = _paragraphs(config, data, folder)
+    return EmbedJob(
+        encoder=encoder,
+        model=f"{config.recipe}, not trained",
+        bundle_sha256="",
+        manifest=manifest,
+        out=folder / "out",
+    )
+
+
+def _paragraphs(config: RunConfig, data: list[str], folder: Path) -> tuple[Manifest, Encoder]:
+    """Return the paragraphs of some texts, and an encoder of their vocabulary."""
     source = replace(config.source, heldout_ratio=0.0)
     paragraphs = folder / "paragraphs.jsonl"
     with paragraphs.open("w") as file:
@@ -97,15 +123,8 @@ def make_job(data: list[str], folder: Path) -> EmbedJob:
     vocabulary = train_vocabulary(manifest.texts("training"), config.vocabulary)
     sized = replace(config.masked_language.encoder, vocab_size=vocabulary.size)
     objective = replace(config.masked_language, encoder=sized)
-    return EmbedJob(
-        encoder=Encoder(
-            {"objective": asdict(objective)}, vocabulary, build_objective(objective).eval()
-        ),
-        model="text-mini, not trained",
-        bundle_sha256="",
-        manifest=manifest,
-        out=folder / "out",
-    )
+    built = build_objective(objective).eval()
+    return manifest, Encoder({"objective": asdict(objective)}, vocabulary, built)
 
 
 if __name__ == "__main__":
