@@ -40,7 +40,7 @@ pretrain-images: $(INSTALLED) ## two encoders of MNIST, and how well labels are 
 GROUPS := samples/newsgroups/newsgroups
 FASHION := samples/fashion/fashion
 
-table-labels: $(INSTALLED) ## what pretraining is worth where labels are few: half an hour, needs apt-get
+table-labels: $(INSTALLED) ## what pretraining is worth where labels are few: most of an hour, needs apt-get
 	@$(RUN)/rayssl samples newsgroups
 	@$(RUN)/rayssl samples fashion
 	@$(RUN)/rayssl pretrain newsgroups-mini --data '$(GROUPS)-train-*.jsonl' --name newsgroups-mini

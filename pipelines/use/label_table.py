@@ -37,7 +37,7 @@ from pipelines.use.labelled import Example, Labelled
 from ssl_models.classification import Classification
 
 Contestant = Literal["from scratch", "linear", "fine-tuned"]
-RATES = (1.0, 3.0)
+RATES = (0.3, 1.0, 3.0, 10.0)
 """Learning rates to choose from, in units of the one that is asked for."""
 SETTINGS: dict[Contestant, tuple[float, ...]] = {
     "from scratch": RATES,
