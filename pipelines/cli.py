@@ -97,16 +97,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if "--verbose" in given:
             traceback.print_exception(error)
-        print(f"rayssl: {error}", file=sys.stderr)
-        if as_json:
-            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
-        return error.exit_code
+        return _failed(f"rayssl: {error}", error.exit_code, as_json)
     except KeyboardInterrupt:
-        print(f"\nrayssl: interrupted{GOES_ON.get(given[0], '')}", file=sys.stderr)
-        return INTERRUPTED
+        said = f"\nrayssl: interrupted{GOES_ON.get(given[0], '')}"
+        return _failed(said, INTERRUPTED, as_json)
+    except SystemExit as error:  # tyro has shown what was asked for, or what is wrong with a flag
+        if as_json and error.code:
+            print(json.dumps({"error": "see standard error", "exit_code": error.code}))
+        raise
     if as_json:
         print(json.dumps(result))
     return EXIT_CODES.get(result.get("status", ""), 0)
+
+
+def _failed(said: str, exit_code: int, as_json: bool) -> int:
+    """Say why a verb ended, and return the exit code."""
+    print(said, file=sys.stderr)
+    if as_json:
+        told = said.strip().removeprefix("rayssl: ")
+        print(json.dumps({"error": told, "exit_code": exit_code}))
+    return exit_code
 
 
 def _run(verb: str, arguments: list[str]) -> dict[str, Any]:

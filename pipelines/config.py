@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, assert_never
 
 from pydantic import Discriminator, TypeAdapter, ValidationError
 
@@ -23,6 +23,7 @@ from ssl_models.autoencoder import AutoencoderConfig
 from ssl_models.contrastive import ContrastiveConfig
 from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig
+from ssl_models.vit import ViTConfig
 
 MODEL_NAME = re.compile(r"[\w.\- ]+")
 """Of a registered model, so that models:/NAME@ALIAS can be told apart."""
@@ -70,7 +71,8 @@ class RunConfig:
     """Licence of the data, to be told in the model card and by the registered version."""
     weights: tuple[float, ...] = ()
     """How often an epoch uses each pattern of --data, one number each: 2 is twice, 0.5 is one
-    half, another half in the next epoch; without any, all of it once."""
+    half, another half in the next epoch; without any, all of it once. Counted in whole blocks of
+    64 KiB or more, at least one: of a source as small as that a part is not to be had."""
     name: str = ""
     """The run lives in RUNS/NAME; the same name goes on where that run stopped."""
     runs: str = "runs"
@@ -145,6 +147,8 @@ class RunConfig:
                 _check_text(self, self.objective)
             case ContrastiveConfig() | AutoencoderConfig():
                 _check_images(self, self.objective)
+            case _:
+                assert_never(self.objective)
 
     @property
     def modality(self) -> Modality:
@@ -207,6 +211,12 @@ def _check_images(config: RunConfig, objective: ContrastiveConfig | AutoencoderC
         raise ValueError(
             f"images.views.size {images.views.size} is not the decoder's {objective.image_size}; "
             "set --objective.image-size"
+        )
+    encoder, size = objective.encoder, images.views.size
+    if isinstance(encoder, ViTConfig) and size % encoder.patch_size:
+        raise ValueError(
+            f"images.views.size {size} is no multiple of the encoder's patches of "
+            f"{encoder.patch_size}; set --objective.encoder.patch-size"
         )
     if isinstance(objective, ContrastiveConfig) and config.order.rows_per_slot < 2:
         raise ValueError(

@@ -20,7 +20,8 @@ def held(folder: Path, busy: str) -> Iterator[None]:
     """Hold a folder, made where there is none; the lock goes with the process, however it ends.
 
     Raises:
-        UserError: With the message `busy` if another process holds it, or if it cannot be written.
+        UserError: With the message `busy` if another process holds it, or if it cannot be written
+            or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,10 @@ def held(folder: Path, busy: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(busy) from error
+        except OSError as error:  # network file systems may have no locks
+            raise UserError(
+                f"cannot lock {folder}: {error.strerror}; choose one on a file system with locks"
+            ) from error
         yield
 
 

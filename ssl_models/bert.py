@@ -62,6 +62,11 @@ class BertConfig:
         if not self.initializer_range > 0.0:
             raise ValueError(f"initializer_range must be above 0, got {self.initializer_range}")
 
+    @property
+    def feature_size(self) -> int:
+        """Width of the features."""
+        return self.hidden_size
+
 
 class BertEncoder(nn.Module):
     """The part of BERT that is kept after pretraining."""

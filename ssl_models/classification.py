@@ -40,8 +40,6 @@ class ClassificationConfig:
     @property
     def feature_size(self) -> int:
         """Width of the features."""
-        if isinstance(self.encoder, BertConfig):
-            return self.encoder.hidden_size
         return self.encoder.feature_size
 
 

@@ -1,10 +1,10 @@
 """Contrastive learning: an image encoder whose two views of an image lie closer than other images.
 
-Shapes: B rows of a slot, N rows that are compared, P embedding size. A batch holds `first` uint8
-(B, C, H, W), an image; `second` uint8 (B, C, H, W), an augmented view of it; `weight` float32 (B,),
-0 for a placeholder; for random negatives `negative` int64 (B,), the row of the slot that each is
-told from; and, if known, `group` int64 (B,), an id that duplicates share and nothing else does, in
-all of the data. For `encode` it holds `image` uint8 (B, C, H, W).
+Shapes: B rows of a slot, N rows that are compared, P embedding size. A batch holds `first` and
+`second` uint8 (B, C, H, W), two augmented views of an image; `weight` float32 (B,), 0 for a
+placeholder; for random negatives `negative` int64 (B,), the row of the slot that each is told from;
+and, if known, `group` int64 (B,), an id that duplicates share and nothing else does, in all of the
+data. For `encode` it holds `image` uint8 (B, C, H, W).
 """
 
 import math

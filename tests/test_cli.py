@@ -120,6 +120,28 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"rayssl \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
+def test_a_wrong_flag_and_an_interruption_are_json_objects_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "x", "--bogus", "--json"])
+    assert ended.value.code == 2
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "--help", "--json"])
+    assert not ended.value.code
+    assert "{" not in capsys.readouterr().out.splitlines()[-1]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.verbs.Verify.run", interrupt)
+    assert main(["verify", "x", "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": "interrupted", "exit_code": 130}
+    assert err == "\nrayssl: interrupted\n"
+
+
 def test_an_error_is_a_json_object_too_where_one_was_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

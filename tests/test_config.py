@@ -208,6 +208,7 @@ def test_a_record_of_images_names_the_wrong_key_of_a_choice() -> None:
         ("image-tiny", "images.rows", "single", "contrastive needs 'pairs'"),
         ("image-tiny", "order.rows_per_step", 4, "slots of 1 row"),
         ("image-tiny", "init_from", "models:/a@b", "init_from is for text"),
+        ("imagenet-vit", "images.views.size", 100, "100 is no multiple .* patches of 16"),
         ("image-tiny-autoencoder", "images.rows", "pairs", "autoencoder needs 'single'"),
         ("image-tiny-autoencoder", "images.views.size", 32, "32 is not the decoder's 16"),
     ],

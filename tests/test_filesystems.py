@@ -138,7 +138,7 @@ def test_what_a_library_says_is_one_line_that_is_the_same_every_time() -> None:
 
 
 def test_links_to_folders_elsewhere_are_followed_once_and_never_in_circles(tmp_path: Path) -> None:
-    for name in ("data/real", "else/where/deep", "else/other"):
+    for name in ("data/real", "else/where/deep", "else/other", "whole/part", "parts"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x.txt").touch()
     links = {
@@ -150,6 +150,8 @@ def test_links_to_folders_elsewhere_are_followed_once_and_never_in_circles(tmp_p
         "else/where/on": "else/other",
         "else/other/round": "else/where",
         "else/where/above": "else",
+        "parts/a": "whole/part",
+        "parts/b": "whole",
     }
     for link, target in links.items():
         (tmp_path / link).symlink_to(tmp_path / target)
@@ -162,6 +164,16 @@ def test_links_to_folders_elsewhere_are_followed_once_and_never_in_circles(tmp_p
     assert found("data") == expected
     assert found("data/*/x.txt") == expected[2:]
     assert found("data/*/*/x.txt") == expected[:2]
+    # What holds a folder that is entered already holds other files, too.
+    below = ["parts/a/x.txt", "parts/b/part/x.txt", "parts/b/y.txt", "parts/x.txt"]
+    (tmp_path / "whole" / "y.txt").touch()
+    assert [name.removeprefix(f"{tmp_path}/") for name in found("parts")] == below
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").touch()
+    assert [file.name for file in find_files("~/*.txt", lambda _: True)] == [f"{tmp_path}/a.txt"]
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:

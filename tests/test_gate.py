@@ -151,6 +151,12 @@ def test_the_page_gives_a_row_where_there_are_rows(tmp_path: Path) -> None:
         check(manifest_of(tmp_path, {"c.parquet": parquet(["words", None])}))
 
 
+def test_of_one_large_text_the_page_tells_how_to_cut_it(tmp_path: Path) -> None:
+    files = {"dump.txt": b"one\n\ntwo " + b"a" * (16 << 20)}
+    with pytest.raises(DataError, match=r"16 MiB: --source\.txt-documents blank-line cuts"):
+        check(manifest_of(tmp_path, files))
+
+
 def test_what_the_page_advises_is_enough(tmp_path: Path) -> None:
     files = broken(7, 99) | {"b.jsonl.gz": LINE}
     check(manifest_of(tmp_path, files, cut_shards="quarantine", max_quarantined_ratio=0.071))

@@ -32,6 +32,9 @@ def git(*words: str) -> str:
 
 def test_a_commit_is_told_and_whether_something_was_changed_since(here: Path) -> None:
     assert code_version() == {"git_commit": "unknown", "git_dirty": "false"}
+    with pytest.MonkeyPatch.context() as without_git:
+        without_git.setenv("PATH", str(here))
+        assert code_version()["git_commit"] == "unknown"
     git("init", "--quiet")
     (here / "code.py").write_text("a = 1\n")
     git("add", "code.py")

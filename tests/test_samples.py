@@ -188,6 +188,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
         write_sample("wiki", tmp_path)
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="out is no folder: choose another"):
+        write_sample("wikipedia", tmp_path / "out")
+
+
 def test_a_failed_download_says_what_pip_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

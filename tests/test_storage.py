@@ -1,5 +1,7 @@
 """Files are whole or not there, and what changed since is named."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.errors import StorageError
+from pipelines.errors import StorageError, UserError
 from pipelines.storage import (
     difference,
+    held,
     inventory,
     sha256_of,
     write_folder,
@@ -149,6 +152,20 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path: Path) -> 
         write_folder(tmp_path / "made", fill)
     assert refused.value.exit_code == 75
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(UserError, match=r"cannot lock .*: No locks available; choose"),
+        held(tmp_path / "run", "busy"),
+    ):
+        pass
 
 
 def test_an_inventory_holds_sizes_and_hashes(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import random
 import tarfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 
@@ -224,6 +225,28 @@ def test_a_sample_that_is_too_long_is_passed_over(monkeypatch: pytest.MonkeyPatc
     assert whole(found) == {key: value for key, value in EXPECTED.items() if key not in long}
     assert reasons(found)["quarantined:too-long"] == len(long) > 0
     assert sum(map(num_bytes, found)) == len(data)
+
+
+def test_a_sample_of_too_many_files_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.data.tar.MAX_SAMPLE_BYTES", 1_000_000)
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for number in range(200):  # cat.0.jpg, cat.1.jpg ...: one key
+            info = tarfile.TarInfo(f"cat.{number}.jpg")
+            info.size = 100_000
+            archive.addfile(info, io.BytesIO(bytes([number]) * info.size))
+        info = tarfile.TarInfo("dog.jpg")
+        archive.addfile(info, io.BytesIO())
+    data.seek(0)
+    tracemalloc.start()
+    found = list(samples(data))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000
+    assert isinstance(found[0], PassedOver)
+    assert found[0].reason == "quarantined:too-long"
+    assert isinstance(found[1], Sample)
+    assert sum(map(num_bytes, found)) == len(data.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def parse(name: str) -> Place:
         UserError: If it holds a credential.
     """
     if not (match := _URI.fullmatch(name)):
-        return Place("", os.path.abspath(name).lstrip("/"), "")
+        return Place("", os.path.abspath(os.path.expanduser(name)).lstrip("/"), "")
     scheme, host, path, options = match.groups(default="")
     if scheme == "file":
         return Place("", os.path.abspath(f"/{path}").lstrip("/"), "")
@@ -235,17 +235,25 @@ def _list(filesystem: FileSystem, folder: str, depth: int) -> list[FileInfo]:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk as `os.walk`, through links to folders elsewhere, too, each once: never in circles."""
+    """Walk as `os.walk`, through links to folders elsewhere, too, each once: never in circles.
+
+    A file that lies below two links is found below both.
+    """
     entered = {os.path.realpath(folder)}
     for path, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         folders.sort()
         for name in [name for name in folders if os.path.islink(os.path.join(path, name))]:
             target = os.path.realpath(os.path.join(path, name))
-            if any(os.path.commonpath([target, other]) in (target, other) for other in entered):
-                folders.remove(name)  # it is walked under another name, or holds what is
+            leads_back = _is_below(os.path.realpath(path), target)
+            if leads_back or any(_is_below(target, other) for other in entered):
+                folders.remove(name)
             else:
                 entered.add(target)
         yield path, folders, files
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _raise(error: OSError) -> None:

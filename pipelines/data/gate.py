@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from pipelines.data.manifest import CUT, Entry, Manifest, Quarantined
-from pipelines.data.records import THINGS
-from pipelines.data.shards import unit_of
+from pipelines.data.records import MAX_RECORD_BYTES, THINGS
+from pipelines.data.shards import TOO_LONG, unit_of
+from pipelines.data.tar import MAX_SAMPLE_BYTES
 from pipelines.errors import DataError
 from pipelines.tables import table
 
@@ -18,6 +19,9 @@ _ADVICE = {
     "holds their bytes: a path alone is no picture",
     "quarantined:several-pictures": "the adjacent files of a .tar whose names are one up to the "
     "first dot are one sample, which holds one picture: 000001.jpg, 000002.jpg and so on",
+    TOO_LONG: f"a document may have {MAX_RECORD_BYTES >> 20} MiB: --source.txt-documents "
+    "blank-line cuts a large .txt at its empty lines; a sample of a .tar may have "
+    f"{MAX_SAMPLE_BYTES >> 20}: it is the adjacent files whose names are one up to the first dot",
     "quarantined:bad-json": "a .jsonl shard holds one JSON object on each line, nothing else",
     "quarantined:bad-utf8": "shards are UTF-8; `iconv -t UTF-8` converts others",
     CUT: "fetch or pack these shards again, or leave them out whole with "

@@ -67,7 +67,7 @@ def split(stream: io.BufferedIOBase, form: Form, seen: Seen | None = None) -> It
 
 @contextmanager
 def open_content(name: str, max_expansion: float) -> Iterator[io.BufferedReader]:
-    """Open the content of a text shard, unpacked when its name ends in .gz or .zst.
+    """Open the content of a shard, unpacked when its name ends in .gz or .zst.
 
     Raises:
         OSError: Here or while it is read, if the file is cut, has a strange tail, or unpacks to

@@ -38,6 +38,7 @@ from pipelines.data.image_samples import (
 from pipelines.data.newsgroups import write_newsgroups
 from pipelines.data.text_samples import parse_addresses, parse_articles, write_documents
 from pipelines.errors import DataError, UserError, nearest
+from pipelines.storage import writing
 
 SOURCE_FILE = "SOURCE.json"
 
@@ -73,7 +74,7 @@ class SampleReport:
     """documents or pictures."""
     records: int
     left_out: int
-    """Documents with too little prose, not written."""
+    """What has no text, or too little prose, and is not written."""
     bytes: int
     shards: list[Path]
     source: str
@@ -105,9 +106,19 @@ def write_archive(sample: Sample, archive: Path, out: Path) -> SampleReport:
     Raises:
         UserError: If `out` holds anything else.
         DataError: If the archive does not hold the expected bytes.
+        StorageError: If they cannot be written.
     """
     _refuse_foreign_files(sample, out)
     members = read_members(sample, archive)
+    with writing(out):
+        report = _write_shards(sample, members, out)
+    logger.info(
+        "%s: %d %s, %d left out", sample.name, report.records, sample.holds, report.left_out
+    )
+    return report
+
+
+def _write_shards(sample: Sample, members: dict[str, bytes], out: Path) -> SampleReport:
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
         new = Path(staging) / "new"
@@ -128,7 +139,6 @@ def write_archive(sample: Sample, archive: Path, out: Path) -> SampleReport:
         if out.exists():
             out.rename(Path(staging) / "old")
         new.rename(out)
-    logger.info("%s: %d %s, %d left out", sample.name, records, sample.holds, left_out)
     return report
 
 
@@ -210,6 +220,8 @@ def _read_report(out: Path) -> SampleReport | None:
 def _refuse_foreign_files(sample: Sample, out: Path) -> None:
     if not out.exists():
         return
+    if not out.is_dir():
+        raise UserError(f"{out} is no folder: choose another")
     own = re.compile(rf"{SOURCE_FILE}|{sample.name}-(train-|test-)?\d\d\.(jsonl|tar)")
     foreign = [path.name for path in out.iterdir() if not own.fullmatch(path.name)]
     if foreign:

@@ -100,14 +100,18 @@ def samples(stream: Readable) -> Iterator[Sample | PassedOver]:
     A key that comes again later is a sample of its own: whoever reads the whole shard can tell.
     """
     pending: list[_Member] = []
+    size = 0
     for member in _members(_Blocks(stream)):
         if pending and (member.reason or member.key != pending[0].key):
             yield _join(pending)
-            pending = []
+            pending, size = [], 0
         if member.reason:
             yield PassedOver(member.num_bytes, member.reason)
-        else:
-            pending.append(member)
+            continue
+        pending.append(member)
+        size += member.num_bytes
+        if size > MAX_SAMPLE_BYTES:  # will be passed over: that it was there is all to be held
+            pending = [member._replace(num_bytes=size, headers=b"", content=b"")]
     if pending:
         yield _join(pending)
 

@@ -1,5 +1,6 @@
 """Where a run comes from: the code, the job and the data, as MLflow is told."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -51,7 +52,8 @@ def code_version() -> dict[str, str]:
     """
     told = os.environ.get(CODE_VARIABLE, "").strip()
     if not told:
-        told = subprocess.run(GIT, capture_output=True, text=True, check=False).stdout.strip()
+        with contextlib.suppress(OSError):  # a machine without git
+            told = subprocess.run(GIT, capture_output=True, text=True, check=False).stdout.strip()
     commit, _, dirty = told.partition("-")
     return {"git_commit": commit or "unknown", "git_dirty": str(bool(dirty)).lower()}
 

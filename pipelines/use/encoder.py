@@ -16,9 +16,7 @@ from pipelines.data.records import Modality
 from pipelines.data.shards import Rejected
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
-from ssl_models.autoencoder import Autoencoder
 from ssl_models.classification import Classification
-from ssl_models.contrastive import Contrastive
 from ssl_models.objective import Batch, Objective
 
 ROWS_PER_BATCH = 64
@@ -51,12 +49,8 @@ class Encoder:
     @property
     def dimension(self) -> int:
         """Width of an embedding."""
-        if self.pieces:
-            return int(self.config["objective"]["encoder"]["hidden_size"])
-        if isinstance(self.objective, Classification):
-            return self.objective.config.feature_size
-        assert isinstance(self.objective, Contrastive | Autoencoder)
-        return self.objective.config.encoder.feature_size
+        objective: Any = self.objective  # every one has an encoder that knows its config
+        return int(objective.encoder.config.feature_size)
 
     @property
     def vocabulary(self) -> Vocabulary:
