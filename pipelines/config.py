@@ -25,6 +25,8 @@ from ssl_models.masked_language import MaskedLanguageConfig
 from ssl_models.optim import OptimizerConfig
 from ssl_models.vit import ViTConfig
 
+RUN_NAME = re.compile(r"[\w-][\w.-]*|")
+RUN_NAME_ADVICE = "use letters, digits and _ . - (no leading dot)"
 MODEL_NAME = re.compile(r"[\w.\- ]+")
 """Of a registered model, so that models:/NAME@ALIAS can be told apart."""
 
@@ -153,7 +155,13 @@ class RunConfig:
     @property
     def modality(self) -> Modality:
         """What the run is trained on, and which field says how it becomes rows."""
-        return "text" if isinstance(self.objective, MaskedLanguageConfig) else "images"
+        match self.objective:
+            case MaskedLanguageConfig():
+                return "text"
+            case ContrastiveConfig() | AutoencoderConfig():
+                return "images"
+            case _:
+                assert_never(self.objective)
 
     @property
     def masked_language(self) -> MaskedLanguageConfig:
@@ -168,8 +176,8 @@ class RunConfig:
 
 
 def _check_names(config: RunConfig) -> None:
-    if not re.fullmatch(r"[\w-][\w.-]*|", config.name):
-        raise ValueError(f"name {config.name!r}: use letters, digits and _ . - (no leading dot)")
+    if not RUN_NAME.fullmatch(config.name):
+        raise ValueError(f"name {config.name!r}: {RUN_NAME_ADVICE}")
     if not MODEL_NAME.fullmatch(config.register):
         raise ValueError(f"register {config.register!r}: use letters, digits, space and _ . -")
     if holds_secret(config.tracking_uri):

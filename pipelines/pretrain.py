@@ -5,6 +5,7 @@ on after any interruption, and does nothing but report once all is done.
 """
 
 import json
+import shutil
 import threading
 import time
 import traceback
@@ -35,8 +36,9 @@ from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError
 from pipelines.use.bundle import write_bundle
 from pipelines.use.card import model_card
 from pipelines.use.commit_figures import CommitFigures
-from pipelines.use.evaluate import evaluate
-from pipelines.use.evaluate_images import evaluate_images
+from pipelines.use.evaluate import Evaluation, evaluate
+from pipelines.use.evaluate_images import ImageEvaluation, evaluate_images
+from pipelines.use.heldout import NothingHeldOutError
 from pipelines.use.pictures import write_pictures
 from pipelines.use.registry import RECIPE_TAG, Registered, register
 from ssl_models.objective import Objective
@@ -121,12 +123,13 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     """Evaluate, register and report a run whose steps have all been made, each once."""
     commit, _ = run.log.newest_whole()
     assert commit is not None
-    if (made := _account(run)) and made["digest"] == commit.digest:
-        say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
-        return made
+    if made := _account(run):
+        if (made["digest"], made["handed_over"]) == (commit.digest, _handed_over(run.config)):
+            say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
+            return made
+        shutil.rmtree(run.dir / "bundle", ignore_errors=True)  # its card tells of that handover
     objective = load_objective(run)
-    evaluate_run = evaluate if run.pieces else evaluate_images
-    evaluation = evaluate_run(objective, run) if _holds_out(run) else None
+    evaluation = evaluate_heldout(objective, run)
     figures, metrics = (evaluation.lines(), evaluation.metrics()) if evaluation else ([], {})
     for line in [*figures, *_curves(run)]:
         say(line)
@@ -150,6 +153,7 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
         "ledger": ledger["rows"],
         "evaluation": metrics,
         "mlflow_run": tracker.run_id,
+        "handed_over": _handed_over(run.config),
         "registered": registered.model_uri,
     }
     write_json(run.dir / "account.json", account)
@@ -157,12 +161,26 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     return account
 
 
+def evaluate_heldout(objective: Objective, run: Run) -> Evaluation | ImageEvaluation | None:
+    """Return the held-out figures of a run, or None where nothing that is held out gives any."""
+    if not _holds_out(run):
+        return None
+    try:
+        return (evaluate if run.pieces else evaluate_images)(objective, run)
+    except NothingHeldOutError as error:
+        say(f"{error}: the encoder is not evaluated")
+        return None
+
+
 def _account(run: Run) -> dict[str, Any] | None:
-    """Return the account of a run that was registered under the name it has now."""
+    """Return what a run was handed over as, or None if it was not yet."""
     path = run.dir / "account.json"
-    account: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    name = account.get("registered", "").removeprefix("models:/").rpartition("/")[0]
-    return account if name == run.config.register else None
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _handed_over(config: RunConfig) -> dict[str, str]:
+    """Return where a run is handed over to, and what it says there, of what may change."""
+    return {name: getattr(config, name) for name in ("tracking_uri", "register", "data_licence")}
 
 
 def hand_over(

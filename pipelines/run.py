@@ -216,6 +216,8 @@ def _create(config: RunConfig, run_dir: Path) -> Run:
     """Settle what the config leaves open and record the run; run.json is written last."""
     if any((run_dir / "attempts").glob("*.json")):
         raise DataError(f"{run_dir} has lost its run.json: restore it, or choose another --name")
+    if (run_dir / "finetune.json").exists():
+        raise UserError(f"run {config.name!r} is a fine-tuning: choose another --name")
     for remains in ("commits", "checkpoints"):  # of a start that was killed before the record
         shutil.rmtree(run_dir / remains, ignore_errors=True)
     start = load_start(config) if config.init_from else None

@@ -272,10 +272,12 @@ def embed_job(verb: _Embeds, opened: "tuple[str, str, Encoder]", out: Path) -> "
     """Index all data of a verb, to be embedded into a folder by what `open_model` has opened.
 
     Raises:
+        UserError: If the folder would be read as data when the same command goes on.
         DataError: If so much is broken that it may not be used.
     """
     from pipelines.use.embed import EmbedJob
 
+    _refuse_within(out, verb.data)
     model, sha256, encoder = opened
     source, cache = all_of(verb.source), out / ".manifest.json"
     with indexed(verb, source, cache, encoder.modality, verb.workers) as manifest:
@@ -297,6 +299,15 @@ def _refuse_shard(out: Path) -> None:
     """
     if out.exists() and is_shard(str(out)):
         raise UserError(f"{out} is a raw shard by its name: choose another --out")
+
+
+def _refuse_within(out: Path, data: tuple[str, ...]) -> None:
+    """Refuse to write below a folder that is read whole."""
+    for pattern in data:
+        folder = Path(pattern.partition("**")[0]).expanduser().resolve()
+        is_whole = "**" in pattern or folder.is_dir()
+        if is_whole and folder in [out.resolve(), *out.resolve().parents]:
+            raise UserError(f"{out} lies within the data of {pattern!r}: choose another --out")
 
 
 def all_of(source: SourceConfig) -> SourceConfig:

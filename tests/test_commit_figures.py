@@ -10,9 +10,10 @@ import pytest
 from pipelines.config import RunConfig
 from pipelines.data import indexing
 from pipelines.data.indexing import build
+from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Cursor, Plan
 from pipelines.data.shards import SourceConfig, find_shards
-from pipelines.pretrain import pretrain
+from pipelines.pretrain import evaluate_heldout, pretrain
 from pipelines.recipes import recipe
 from pipelines.run import Run, load_run
 from pipelines.training.checkpoint import Commit
@@ -119,6 +120,25 @@ def test_a_bounded_manifest_trains_the_same_and_holds_out_less(
     plans = [Plan(manifest, 0, 4) for manifest in (run.manifest, less)]
     assert plans[0].orders_per_epoch == plans[1].orders_per_epoch
     assert [plans[0].order(i) for i in range(6)] == [plans[1].order(i) for i in range(6)]
+
+
+def test_a_single_picture_held_out_is_no_hindrance(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number, *others = run.manifest.blocks_of("heldout")
+    blocks = list(run.manifest.blocks)
+    for other in others:
+        blocks[other] = replace(blocks[other], heldout=0)
+    lone = replace(run, manifest=replace(run.manifest, blocks=tuple(blocks)))
+    (picture, *more) = lone.manifest.read(number, "heldout")
+    assert len(more) < lone.config.order.rows_per_slot
+    objective = draw(lone.config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "read", lambda *_: [picture])
+        assert evaluate_heldout(objective, lone) is None
+    assert "no picture is held out that can be decoded and told from another" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow

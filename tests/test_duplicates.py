@@ -16,8 +16,10 @@ from PIL import Image
 from pipelines.cli import main
 from pipelines.data.decode import decode
 from pipelines.data.vocabulary import Vocabulary
+from pipelines.errors import UserError
 from pipelines.use.contact_sheet import GAP, SIDE, box_of, contact_sheet, thumbnail
 from pipelines.use.likeness import dhash, hash_distance
+from pipelines.use.nearest import read_index
 from tests.bundles import image_bundle, text_bundle
 from tests.pictures import make_blotches, make_tar
 
@@ -198,6 +200,19 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
         assert main(["nearest", *arguments]) == code
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
+
+
+def test_an_index_that_is_not_whole_is_refused(finished: Finished, tmp_path: Path) -> None:
+    path, *others = (finished.out / "embeddings").glob("*.parquet")
+    copy = tmp_path / path.name
+    shutil.copy(path, copy)
+    with pytest.raises(UserError, match=f"holds 1 of {1 + len(others)} files of its embedding"):
+        read_index(tmp_path)
+    empty = pq.read_table(path).slice(0, 0)
+    told = empty.schema.metadata | {b"rayssl.files": b"1"}
+    pq.write_table(empty.replace_schema_metadata(told), copy)
+    with pytest.raises(UserError, match="no embedding is in the 1 files"):
+        read_index(tmp_path)
 
 
 def test_a_picture_that_cannot_be_decoded_is_told_and_left_out(

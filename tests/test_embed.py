@@ -154,7 +154,7 @@ def test_the_command_embeds_each_document_once_and_goes_on(
 
 
 def test_the_files_tell_where_they_come_from(
-    bundle: Path, corpus: Path, undisturbed: pa.Table
+    bundle: Path, corpus: Path, undisturbed: pa.Table, tmp_path: Path
 ) -> None:
     told = {name.decode(): value.decode() for name, value in undisturbed.schema.metadata.items()}
     assert told == {
@@ -162,6 +162,7 @@ def test_the_files_tell_where_they_come_from(
         "rayssl.bundle_sha256": manifest_sha256(bundle),
         "rayssl.fingerprint": manifest_of(corpus).fingerprint,
         "rayssl.id_field": "",
+        "rayssl.files": str(len(make_job(bundle, corpus, tmp_path).units)),
     }
 
 
@@ -351,6 +352,8 @@ def test_a_long_text_counts_as_far_as_the_encoder_reads(bundle: Path) -> None:
         (["encoder", "absent/*.jsonl"], (2, "no shards match 'absent/*.jsonl'")),
         (["absent", "corpus"], (65, "no bundle at ")),
         (["models:/whales@champion", "corpus"], (65, "there is no registry at ")),
+        (["encoder", "."], (2, "out lies within the data of '.': choose another --out")),
+        (["encoder", "**/*.jsonl"], (2, "out lies within the data of '**/*.jsonl'")),
         (["encoder", "corpus", "--workers", "0"], (2, "workers must be in 1..5, the CPUs of")),
         (["encoder", "corpus", "--workers", "99"], (2, "workers must be in 1..5, the CPUs of")),
     ],

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.feature_extraction import DictVectorizer
+from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
 
 from pipelines.cli import main
@@ -34,6 +35,7 @@ from pipelines.use.probe import (
     linear_probe,
     nearest_neighbours,
     stratified,
+    word_vectorizer,
 )
 from ssl_models import build_objective
 from ssl_models.classification import ClassificationConfig
@@ -151,6 +153,14 @@ def test_the_strength_is_chosen_on_the_items_kept_aside() -> None:
     given, asked = noisy(labels), noisy(truth)
     right = (linear_probe(given, labels, kept_aside(labels, words_of(120)), asked) == truth).mean()
     assert right > 0.95
+
+
+def test_words_are_those_of_any_script() -> None:
+    texts = ["naïve cafés, two-fold 42 a", "lower UPPER x9"]
+    usual = TfidfVectorizer(ngram_range=(1, 2)).fit(texts)
+    assert word_vectorizer().fit(texts).vocabulary_.keys() == usual.vocabulary_.keys()
+    chinese = word_vectorizer().fit(["今天天气很好", "今天下雨"])
+    assert {"今", "今 天", "雨"} <= chinese.vocabulary_.keys()
 
 
 def image_encoder(seed: int = 7) -> Encoder:
@@ -278,6 +288,7 @@ def test_what_cannot_be_told_apart_says_so_in_one_line(pictures: Path, tmp_path:
             (parts, "cls", 900, 1)
         ),
         "seeds must be at least 1": (parts, "cls", 9, 0),
+        "all of .* training pictures are also for testing": ((parts[0], parts[0]), "cls", 9, 1),
         "all of 30 training pictures with a 'cls' have '7': there is nothing to tell apart": (
             (parts_of(tmp_path / "one"), "cls", 30, 1)
         ),

@@ -209,6 +209,27 @@ def test_the_same_command_trains_once_and_another_question_is_refused(finished: 
         call(replace(finished.asked, training=replace(FEW_STEPS, seed=1)))
 
 
+def test_what_was_registered_elsewhere_is_registered_here_too(
+    finished: Finished, tmp_path: Path
+) -> None:
+    elsewhere = f"sqlite:///{tmp_path}/other.db"
+    account, said = call(replace(finished.asked, tracking_uri=elsewhere))
+    assert "steps at most" in said
+    assert account["evaluation"] == finished.account["evaluation"]
+    assert load_classifier(account["registered"], elsewhere).classes
+    call(finished.asked)  # as the other tests know it
+
+
+def test_a_name_is_no_path_and_not_that_of_a_pretraining(finished: Finished) -> None:
+    with pytest.raises(UserError, match=r"--name '\.\./x': use letters"):
+        call(replace(finished.asked, name="../x"))
+    pretrained = Path(finished.asked.runs) / "pretrained"
+    pretrained.mkdir()
+    (pretrained / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="run 'pretrained' is a pretraining: choose another"):
+        call(replace(finished.asked, name="pretrained"))
+
+
 def test_items_of_another_kind_are_refused(finished: Finished) -> None:
     classifier = load_classifier(finished.account["registered"], finished.asked.tracking_uri)
     with pytest.raises(UserError, match="item 1 is tuple: give texts"):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipelines.use.intervals import bootstrap, interval
+from pipelines.use.intervals import bootstrap, interval, proportion
 
 
 def test_the_interval_over_documents_covers_the_true_accuracy() -> None:
@@ -67,3 +67,13 @@ def test_an_interval_has_the_width_that_items_and_seeds_give_it() -> None:
     half = 4.303 * math.sqrt((2 / 9 * 3 / 2) / 3)  # t of two degrees of freedom
     assert ((low + high) / 2, (high - low) / 2) == pytest.approx((2 / 3, half), rel=1e-3)
     assert interval(np.ones((3, 400))) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("num_right", "count", "expected"),
+    [(19, 20, (0.7639, 0.9911)), (20, 20, (0.8389, 1.0)), (0, 20, (0.0, 0.1611))],
+)
+def test_the_interval_of_a_share_is_that_of_wilson(
+    num_right: int, count: int, expected: tuple[float, float]
+) -> None:
+    assert proportion(num_right, count) == pytest.approx(expected, abs=1e-4)

@@ -86,6 +86,16 @@ def test_the_linear_baseline_learns_topics_by_their_words(task: FitTask) -> None
     assert found.right.mean() > 0.9
 
 
+def test_the_seed_that_is_asked_for_is_that_of_the_first_trial(task: FitTask) -> None:
+    third = run_trial(task, Trial("from scratch", 0.3, 3, 1.0))
+    from_three = replace(task, config=replace(task.config, seed=3))
+    assert np.array_equal(
+        run_trial(from_three, Trial("from scratch", 0.3, 0, 1.0)).right, third.right
+    )
+    other = run_trial(task, Trial("from scratch", 0.3, 0, 1.0))
+    assert not np.array_equal(other.right, third.right)
+
+
 def test_the_linear_baseline_of_pictures_sees_raw_pixels(task: FitTask, tmp_path: Path) -> None:
     pictures = [
         Example(make_picture(i), i * 2**64 // 60, SHAPES[i % len(SHAPES)]) for i in range(60)

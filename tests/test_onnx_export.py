@@ -27,6 +27,7 @@ from pipelines.use.onnx_export import Parity, export, parity
 from ssl_models import build_objective
 from ssl_models.autoencoder import AutoencoderConfig
 from ssl_models.bert import BertConfig
+from ssl_models.classification import ClassificationConfig
 from ssl_models.contrastive import ContrastiveConfig
 from ssl_models.image_encoder import ImageEncoderConfig
 from ssl_models.masked_language import MaskedLanguage, MaskedLanguageConfig
@@ -213,6 +214,13 @@ def test_the_command_writes_it_and_says_how_near_it_is(
     assert 0 < record["max_error"] < 1e-5
     assert main(words) == 2
     assert "exists: name a folder that does not" in capsys.readouterr().err
+
+
+def test_a_classifier_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    sizes = BertConfig(vocab_size=vocabulary.size, hidden_size=8, num_heads=1)
+    objective = build_objective(ClassificationConfig(encoder=sizes, num_classes=2))
+    with pytest.raises(UserError, match="the model is a classifier"):
+        export(Encoder({}, vocabulary, objective), SHA256, tmp_path / "graph")
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])

@@ -98,6 +98,7 @@ def test_the_account_tells_what_was_made(finished: Finished) -> None:
         "steps",
         "digest",
         "ledger",
+        "handed_over",
         "evaluation",
         "mlflow_run",
         "registered",
@@ -334,6 +335,18 @@ def test_a_flipped_byte_in_the_registry_is_refused_in_one_line(
 
 
 @pytest.mark.slow  # and last: the tests above count what is in MLflow
+def test_a_finished_run_is_handed_over_where_it_is_asked_to_be(finished: Finished) -> None:
+    store = f"sqlite:///{finished.folder}/elsewhere.db"
+    elsewhere = replace(finished.config, tracking_uri=store, data_licence="MIT")
+    account, said = call(elsewhere)
+    assert "all 20 steps have been made" in said
+    version = open_client(store).get_model_version("topics", "1")
+    assert account["registered"] == "models:/topics/1"
+    assert version.tags["rayssl.data_licence"] == "MIT"
+    assert "Licence of the data: MIT" in (finished.dir / "bundle/MODEL_CARD.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_second_run_starts_where_the_first_one_ended(finished: Finished) -> None:
     config = replace(
         finished.config,

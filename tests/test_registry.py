@@ -1,8 +1,10 @@
 """Handover: a bundle comes back byte for byte or not at all; with a real MLflow on SQLite."""
 
+import atexit
 import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from pipelines.data.vocabulary import Vocabulary, VocabularyConfig
 from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.errors import StorageError
 from pipelines.training.mlflow_client import open_client
+from pipelines.use import registry
 from pipelines.use.bundle import BundleError, manifest_sha256, verify_bundle, write_bundle
 from pipelines.use.registry import Registered, load_encoder, register, resolve
 from ssl_models import ObjectiveConfig, build_objective
@@ -398,6 +401,22 @@ def test_mlflow_itself_can_load_and_serve_it(
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
     example = (Path(root) / "serving_input_example.json").read_text()
     assert validate_serving_input(root, example).shape == (1, 8)
+
+
+def test_what_is_downloaded_goes_with_the_process(
+    made: Made, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"tracking_uri": store.uri, "run_id": store.run_id}
+    uri = register(made.directory, **where, name="far", tags=TAGS).model_uri
+    monkeypatch.setattr(registry, "sqlite_path", lambda _: None)  # as of a server
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **named: at_exit.append((call, named)))
+    load_encoder(uri, store.uri)
+    assert list(tmp_path.rglob("model.safetensors"))
+    for (function, *arguments), named in at_exit:
+        function(*arguments, **named)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_altered_artifact_is_refused_even_with_a_fitting_manifest(

@@ -81,6 +81,13 @@ def test_a_source_with_nothing_to_train_on_has_no_weight(config: RunConfig, tmp_
         open_run(idle, run_dir(config))
 
 
+def test_the_folder_of_a_fine_tuning_is_left_alone(config: RunConfig) -> None:
+    run_dir(config).mkdir(parents=True, exist_ok=True)
+    (run_dir(config) / "finetune.json").write_text("{}")
+    with pytest.raises(UserError, match="is a fine-tuning: choose another --name"):
+        open_run(config, run_dir(config))
+
+
 def test_broken_data_stops_every_verb_and_index_shows_the_ledger_first(
     config: RunConfig,
     tmp_path: Path,

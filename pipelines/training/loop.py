@@ -19,7 +19,6 @@ from pipelines.data.batches import (
     ArrayBatch,
     Rank,
     RowSource,
-    Step,
     chain,
     slot_digest,
     steps,
@@ -38,6 +37,7 @@ from ssl_models.objective import DIAGNOSIS, WATCHED, Batch, Objective, StepOutpu
 from ssl_models.optim import FlatGradients, build_optimizer, learning_rate
 
 Part = TypeVar("Part")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def train_step(learner: Learner, slots: dict[int, ArrayBatch], step: int) -> dic
     if not torch.isfinite(norm):
         raise TrainingError(
             f"the gradient of step {step} has norm {norm.item()}, and would again: the batches are "
-            "the same; start a run of another name with a lower --optimizer.learning-rate"
+            "the same; start a run of another name with a lower learning rate"
         )
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, step, config.steps)
@@ -275,9 +275,9 @@ class Meter:
         self._ill = 0
         self._spool = spool
         self._node = node
-        self._reset()
+        self.reset()
 
-    def waits(self, stream: Iterable[Step]) -> Iterator[Step]:
+    def waits(self, stream: Iterable[Item]) -> Iterator[Item]:
         """Yield the steps of a stream, and measure how long each was waited for."""
         asked = time.perf_counter()
         for step in stream:
@@ -327,7 +327,7 @@ class Meter:
             others |= sample
         if self._spool is not None:
             self._spool.append(step, means | rates | others | diagnosis)
-        self._reset()
+        self.reset()
         if 0 < self._config.stop_on_collapse <= self._ill:
             figures = (
                 f"{figure.removeprefix(WATCHED)} {mean:.3g}"
@@ -340,7 +340,8 @@ class Meter:
                 "; --stop-on-collapse 0 lets this one go on"
             )
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Begin to measure anew."""
         self._since = time.perf_counter()
         self._waited = 0.0
         self._steps = 0

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.tables import table
-from pipelines.use.intervals import interval
+from pipelines.use.intervals import proportion
 
 MOST_COLUMNS = 12
 """Classes of which the terminal shows the whole confusion matrix."""
@@ -127,7 +127,7 @@ def figures(
         labels, told, labels=numbers, zero_division=0.0
     )
     right = (told == labels).astype(np.int64)
-    low, high = interval(right[None])
+    low, high = proportion(int(right.sum()), len(right))
     truth = probabilities[np.arange(len(labels)), labels]
     return ClassificationFigures(
         classes=tuple(classes),

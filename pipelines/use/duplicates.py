@@ -75,7 +75,7 @@ def find_duplicates(job: EmbedJob, out: Path, threshold: float, top: int) -> Dup
         StorageError: If a file cannot be written.
     """
     index = read_index(job.out)
-    if (items := len(index.vectors)) < 2:
+    if (items := index.names.num_rows) < 2:
         raise UserError(f"there is {items} item in the data: it takes two to be duplicates")
     found = neighbours.find_pairs(neighbours.on_sphere(index.vectors), threshold, MAX_PAIRS)
     pairs = _pairs_table(job, index, found)

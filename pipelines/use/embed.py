@@ -66,6 +66,7 @@ class EmbedJob:
             "bundle_sha256": self.bundle_sha256,
             "fingerprint": self.manifest.fingerprint,
             "id_field": self.id_field,
+            "files": str(len(self.units)),
         }
         return {f"{PREFIX}{name}": value for name, value in told.items()}
 

@@ -19,12 +19,11 @@ from pipelines.data.manifest import Document, Manifest
 from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
-from pipelines.errors import DataError
 from pipelines.run import Run
 from pipelines.use.baselines import Counts, Floats, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
 from pipelines.use.encoder import Encoder
-from pipelines.use.heldout import Held, without_copies
+from pipelines.use.heldout import Held, NothingHeldOutError, without_copies
 from pipelines.use.intervals import bootstrap
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.objective import Objective
@@ -236,7 +235,7 @@ def measure(objective: Objective, maker: TextRows, held: Held, folds: int) -> Me
                 total += np.bincount(group, weights=rows, minlength=GROUPS)
         num_documents += len(documents)
     if not num_documents:
-        raise DataError(
+        raise NothingHeldOutError(
             "every document was also trained on: name other --data"
             if held.left_out
             else "no document is held out; set --source.heldout-ratio above 0"

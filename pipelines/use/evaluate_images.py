@@ -10,9 +10,8 @@ import torch
 
 from pipelines.data.images import ImageRows
 from pipelines.data.manifest import Manifest, Picture
-from pipelines.errors import DataError
 from pipelines.run import Run
-from pipelines.use.heldout import Held, without_copies
+from pipelines.use.heldout import Held, NothingHeldOutError, without_copies
 from ssl_models.collapse import diagnose, measure
 from ssl_models.contrastive import Contrastive
 from ssl_models.objective import Objective
@@ -64,7 +63,7 @@ def evaluate_images(
     needs Ray; what of it the run was trained on is left out.
 
     Raises:
-        DataError: If no picture is left to evaluate on.
+        NothingHeldOutError: If no picture is left to evaluate on.
     """
     maker = ImageRows(run.config.images)
     held = Held(run.manifest, "heldout", MAX_PICTURES)
@@ -85,10 +84,11 @@ def evaluate_images(
             if isinstance(objective, Contrastive):
                 embedded.append(objective.embed(batch)[used])
     if not num_pictures:
-        raise DataError(
+        raise NothingHeldOutError(
             "every picture was also trained on: name other --data"
             if held.left_out
-            else "no picture is held out; set --source.heldout-ratio above 0"
+            else "no picture is held out that can be decoded and told from another: a larger "
+            "--source.heldout-ratio holds out more"
         )
     return ImageEvaluation(
         pictures=num_pictures,

@@ -34,6 +34,7 @@ from pipelines.use.probe import (
     linear_probe,
     nearest_neighbours,
     stratified,
+    word_vectorizer,
 )
 
 TEST_RATIO = 0.2
@@ -152,6 +153,10 @@ def evaluate_labels(
     num_unlabelled = pool.num_unlabelled + asked.num_unlabelled
     pool, asked = pool.take(~is_copy), _some(asked)
     things = "documents" if encoder.pieces else "pictures"
+    if not len(pool):
+        raise UserError(
+            f"all of {len(is_copy)} training {things} are also for testing: name others"
+        )
     chosen = _choose(pool, num_labelled, seeds, f"{things} with a {labels!r}")
     encoders = [encoder, *(untrained(encoder, seed) for seed in range(seeds))]
     union = pool.take(np.unique(np.concatenate(chosen)))
@@ -261,9 +266,7 @@ def _right(
 
 def _tf_idf(texts: list[str], asked: list[str]) -> tuple[Any, Any]:
     """Return TF-IDF of words and pairs of words, learned from the first texts alone."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    vectorizer = word_vectorizer()
     return vectorizer.fit_transform(texts), vectorizer.transform(asked)
 
 

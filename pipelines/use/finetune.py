@@ -27,7 +27,7 @@ from ray.train.v2.api.config import FailureConfig
 from safetensors.torch import load_file, save_file
 
 from pipelines.cluster import cluster, unwrap
-from pipelines.config import MODEL_NAME
+from pipelines.config import MODEL_NAME, RUN_NAME, RUN_NAME_ADVICE
 from pipelines.console import Progress, say
 from pipelines.errors import TrainingError, UserError
 from pipelines.pretrain import (
@@ -71,6 +71,8 @@ def finetune(asked: "Finetune") -> dict[str, Any]:
         UserError: If the model, the data or the folder cannot be used as they are.
         TrainingError: If the workers failed.
     """
+    if not RUN_NAME.fullmatch(asked.name):
+        raise UserError(f"--name {asked.name!r}: {RUN_NAME_ADVICE}")
     run_dir = Path(asked.runs) / asked.name
     busy = f"run {asked.name!r} is being made by another process; wait, or choose another --name"
     with held(run_dir, busy), cluster(asked.address, asked.workers, verbose=asked.verbose):
@@ -80,8 +82,8 @@ def finetune(asked: "Finetune") -> dict[str, Any]:
         origin = Origin(model=model, sha256=sha256, fingerprints=fingerprints)
         key = _begin(asked, origin, run_dir)
         account = run_dir / "account.json"
-        if account.exists():
-            made: dict[str, Any] = json.loads(account.read_text())
+        made: dict[str, Any] = json.loads(account.read_text()) if account.exists() else {}
+        if made.get("tracking_uri") == asked.tracking_uri:
             say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
             return made
         say(f"{data.line()}; {task.schedule.steps} steps at most, in {run_dir}")
@@ -138,6 +140,8 @@ def _begin(asked: "Finetune", origin: Origin, run_dir: Path) -> str:
         "origin": json.loads(json.dumps(asdict(origin))),
     }
     path = run_dir / "finetune.json"
+    if (run_dir / "run.json").exists():
+        raise UserError(f"run {asked.name!r} is a pretraining: choose another --name")
     if path.exists():
         recorded = json.loads(path.read_text())
         if different := [name for name in question if recorded.get(name) != question[name]]:
@@ -248,6 +252,7 @@ def _finish(task: FitTask, fitted: Fitted, place: _Place) -> dict[str, Any]:
         "evaluation": found.metrics(),
         "encoder": origin.model,
         "mlflow_run": run_id,
+        "tracking_uri": asked.tracking_uri,
         "registered": registered.model_uri,
     }
     write_json(run_dir / "account.json", account)

@@ -142,13 +142,15 @@ def fit(task: FitTask, device: torch.device, spool: Path) -> Fitted:
     examples = _Examples(task)
     judge = _Judge(task, rank, size)
     best, waited = None, 0
-    for step in range(schedule.steps):
-        slots = {slot: examples.slot(step, slot) for slot in range(rank, config.slots, size)}
+    mine = range(rank, config.slots, size)
+    steps = ({s: examples.slot(step, s) for s in mine} for step in range(schedule.steps))
+    for step, slots in enumerate(meter.waits(steps)):
         meter.add(train_step(learner, slots, step))
         if (step + 1) % schedule.log_every and step + 1 < schedule.steps:
             continue
         meter.log(step + 1)
         accuracy, loss = judge.accuracy_and_loss(objective)
+        meter.reset()  # its rates are those of training alone
         if log:
             log.append(step + 1, {"validation/accuracy": accuracy, "validation/loss": loss})
         if best is None or (accuracy, -loss) > (best.accuracy, -best.loss):

@@ -9,8 +9,13 @@ import ray
 
 from pipelines.cluster import parallel_map
 from pipelines.data.manifest import Manifest, Split
+from pipelines.errors import DataError
 
 TASKS = 64
+
+
+class NothingHeldOutError(DataError):
+    """No record is left to evaluate on."""
 
 
 class Held(NamedTuple):

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 NUM_RESAMPLES = 2000
+NORMAL_97_5 = 1.959964
+"""What a normal deviate is below 97.5 % of the time."""
 
 
 def bootstrap(right: NDArray[Any], pairs: NDArray[Any]) -> tuple[float, float]:
@@ -43,3 +45,16 @@ def interval(scores: NDArray[Any]) -> tuple[float, float]:
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     return mean - half, mean + half
+
+
+def proportion(num_right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, when what is counted is drawn anew.
+
+    Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference: it stays
+    within 0 and 1, and has a width where all are right.
+    """
+    share, squared = num_right / count, NORMAL_97_5**2
+    centre = (share + squared / (2 * count)) / (1 + squared / count)
+    variance = share * (1 - share) / count + squared / (4 * count**2)
+    half = NORMAL_97_5 * math.sqrt(variance) / (1 + squared / count)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -34,6 +34,8 @@ from pipelines.use.fit import FitTask, fit
 from pipelines.use.inputs import inputs_of
 from pipelines.use.intervals import interval
 from pipelines.use.labelled import Example, Labelled
+from pipelines.use.labelled_features import raw_pixels
+from pipelines.use.probe import word_vectorizer
 from ssl_models.classification import Classification
 
 Contestant = Literal["from scratch", "linear", "fine-tuned"]
@@ -203,7 +205,8 @@ def _run(told: "ray.ObjectRef[FitTask]", trial: Trial) -> Outcome:
 
 def run_trial(whole: FitTask, trial: Trial) -> Outcome:
     """Return what comes of a trial on its part of all examples, a function of these alone."""
-    data = part_of(whole.labelled, trial.fraction, trial.seed)
+    seed = whole.config.seed + trial.seed
+    data = part_of(whole.labelled, trial.fraction, seed)
     num_labels = len(data.training) + len(data.validation)
     truth = np.array(data.numbers(data.test))
     if trial.contestant == "linear":
@@ -213,7 +216,7 @@ def run_trial(whole: FitTask, trial: Trial) -> Outcome:
         task = replace(
             whole,
             labelled=data,
-            config=replace(whole.config, seed=trial.seed, learning_rate=rate),
+            config=replace(whole.config, seed=seed, learning_rate=rate),
             from_scratch=trial.contestant == "from scratch",
         )
         validation, found = _trained(task)
@@ -238,25 +241,25 @@ def _trained(task: FitTask) -> tuple[float, NDArray[np.int64]]:
 
 def _linear(task: FitTask, inverse_strength: float) -> tuple[float, NDArray[np.int64]]:
     """Return validation accuracy and what is told of the test examples."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     data = task.labelled
-    parts = [
+    parts: list[Any] = [
         [example.item for example in part] for part in (data.training, data.validation, data.test)
     ]
     model = LogisticRegression(C=inverse_strength, max_iter=MAX_ITERATIONS)
     if task.encoder.pieces:
         # A word of one document tells nothing of another; of few documents every word is kept.
         least = 2 if len(data.training) > 1000 else 1
-        model = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=least), model
-        )
+        model = make_pipeline(word_vectorizer(least), model)
         parts = [[" ".join(i) if isinstance(i, tuple) else i for i in part] for part in parts]
     else:
-        inputs = inputs_of(task.encoder)
-        parts = [[row.reshape(-1) / 255 for row in inputs.rows(part)] for part in parts]
+        maker = raw_pixels(task.encoder.image_rows)
+        parts = [
+            np.stack([maker.plain(item) for item in part]).reshape(len(part), -1) / np.float32(255)
+            for part in parts
+        ]
     model.fit(parts[0], data.numbers(data.training))
     validation = float(np.mean(model.predict(parts[1]) == data.numbers(data.validation)))
     told: NDArray[np.int64] = model.predict(parts[2])

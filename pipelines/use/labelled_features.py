@@ -155,7 +155,7 @@ def _features(
         readable = [True] * len(data)
         raw: Any = [text[:RAW_CHARS] for text in data]
     else:
-        data, maker = [item.data for item in items], _small(encoders[0].image_rows)
+        data, maker = [item.data for item in items], raw_pixels(encoders[0].image_rows)
         pixels = [maker.plain(picture) for picture in data]
         readable = [not isinstance(made, Rejected) for made in pixels]
         data = [picture for picture, is_read in zip(data, readable, strict=True) if is_read]
@@ -165,7 +165,8 @@ def _features(
     return np.array(readable), raw, features
 
 
-def _small(maker: ImageRows) -> ImageRows:
+def raw_pixels(maker: ImageRows) -> ImageRows:
+    """Return what makes the raw pixels that an encoder has to beat."""
     views = maker.config.views
     size = min(views.size, RAW_PIXELS)
     return ImageRows(replace(maker.config, views=replace(views, size=size)))

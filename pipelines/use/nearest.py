@@ -16,7 +16,7 @@ from pipelines.use.embed import PREFIX
 from pipelines.use.encoder import Encoder
 from pipelines.use.neighbours import Numbers, Vectors
 
-TOLD = ("bundle_sha256", "fingerprint", "id_field")
+TOLD = ("bundle_sha256", "fingerprint", "id_field", "files")
 """What every file of one embedding tells alike; its model may go by several names."""
 
 
@@ -50,7 +50,7 @@ def read_index(folder: Path) -> Index:
     """Return what `embed` wrote into a folder.
 
     Raises:
-        UserError: If there are no embeddings in it.
+        UserError: If there are no embeddings in it, or not all of them yet.
         DataError: If a file is none of `embed`, or the files are not of one embedding.
     """
     paths = tuple(sorted(folder.glob("unit-*.parquet")))
@@ -64,7 +64,15 @@ def read_index(folder: Path) -> Index:
             raise DataError(f"{path} cannot be read ({error!s:.80}): embed it again") from error
         if _told(tables[-1]) != _told(tables[0]):
             raise DataError(f"{path} and {paths[0]} are not of one embedding: embed again")
-    return Index(paths=paths, names=pa.concat_tables(tables), told=_told(tables[0]))
+    told, names = _told(tables[0]), pa.concat_tables(tables)
+    if told["files"] != str(len(paths)):
+        raise UserError(
+            f"{folder} holds {len(paths)} of {told['files']} files of its embedding: the same "
+            "rayssl embed makes the others"
+        )
+    if not names.num_rows:
+        raise UserError(f"no embedding is in the {len(paths)} files of {folder}: embed other data")
+    return Index(paths=paths, names=names, told=told)
 
 
 def embed_query(encoder: Encoder, sha256: str, index: Index, query: str) -> Vectors:

@@ -80,11 +80,12 @@ def export(encoder: Encoder, sha256: str, directory: Path) -> Parity:
     `sha256` is that of the model, as `open_model` gives it.
 
     Raises:
-        UserError: If the packages of the extra `onnx` are not there.
+        UserError: If the packages of the extra `onnx` are not there, or it is a classifier.
         DataError: If the graph's embeddings of real texts or pictures are not the encoder's; the
             folder does not appear.
         StorageError: If it cannot be written, or is there already.
     """
+    encoder.refuse_classifier()
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"ONNX needs {package}: pip install 'rayssl[onnx]'")

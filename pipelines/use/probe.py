@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -25,10 +26,21 @@ Rule = Literal["cosine", "euclidean"]
 INVERSE_STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 """C of the linear probe: the smaller, the more its weights are held down."""
 MAX_ITERATIONS = 500
+UNPARTED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Kana and Han: Japanese and Chinese part no words."""
+WORD = rf"[{UNPARTED}]|\b(?:[^\W{UNPARTED}])" + "{2,}"
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 EVERY = 5
 """Of so many labelled items of a class, one is kept aside to choose on."""
+
+
+def word_vectorizer(least: int = 1) -> Any:
+    """Return TF-IDF of words, and of two in a row, that are in `least` documents at least.
+
+    A word has two letters or digits; of scripts that part no words each character is one.
+    """
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=least, token_pattern=WORD)
 
 
 def linear_probe(features: Features, labels: Labels, aside: Mask, asked: Features) -> Labels:

@@ -7,6 +7,7 @@ The artifact holds a bundle (`bundle.py`) and no code, and nothing of it is unpi
     version tag                     rayssl.manifest_sha256: what `resolve` compares the bundle with
 """
 
+import atexit
 import importlib.metadata
 import json
 import re
@@ -149,7 +150,7 @@ def pin(uri: str, tracking_uri: str) -> str:
 def resolve(uri: str, tracking_uri: str) -> Path:
     """Return a verified local bundle directory; an alias is looked up once.
 
-    What lies on a server is downloaded into a temporary directory.
+    What lies on a server is downloaded into a folder that goes with the process.
 
     Raises:
         BundleError: If there is none, if it holds code, or if it is not what was registered.
@@ -218,7 +219,11 @@ def _download(client: Any, name: str, version: str, tracking_uri: str) -> Path:
     from mlflow.artifacts import download_artifacts
 
     uri = client.get_model_version_download_uri(name, version)
-    return Path(download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri))
+    is_local = sqlite_path(tracking_uri) is not None
+    folder = None if is_local else tempfile.mkdtemp(prefix="rayssl-")
+    if folder:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri, dst_path=folder))
 
 
 def _refuse_code(root: Path, uri: str) -> None:
