@@ -23,6 +23,7 @@ LOCAL_OBJECT_STORE_BYTES = 1 << 30
 SPARE_CPUS = 1
 """CPUs of a local Ray beyond those that a run cannot do without."""
 GREETING_SECONDS = 5.0
+TELL_EVERY_SECONDS = 10.0
 
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # keeps relative paths what they are
@@ -74,14 +75,24 @@ def cluster(address: str, num_cpus: int, *, verbose: bool) -> Iterator[None]:
         ray.shutdown()
 
 
-def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def parallel_map(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    done: Callable[[int], None] | None = None,
+) -> list[Result]:
     """Return the function's results for all items, in order, made by tasks of the cluster.
+
+    `done` is told from time to time how many are made.
 
     Raises:
         UserError: The one that an item raised.
     """
+    calls = pending = [_call.remote(function, item) for item in items]
+    while done and pending:
+        _, pending = ray.wait(pending, num_returns=len(pending), timeout=TELL_EVERY_SECONDS)
+        done(len(calls) - len(pending))
     try:
-        results: list[Result] = ray.get([_call.remote(function, item) for item in items])
+        results: list[Result] = ray.get(calls)
     except ray.exceptions.RayTaskError as error:
         raise unwrap(error) from error
     return results

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.cluster import ClusterError, greet
+from pipelines import cluster
+from pipelines.cluster import ClusterError, greet, parallel_map
 from pipelines.errors import UserError
 from pipelines.run import load_run
 from pipelines.training.mlflow_client import open_client
@@ -30,6 +32,21 @@ WORKERS = 3
 CPUS_PER_NODE = 2
 TOKEN = "0123456789abcdef" * 4
 PORTS_PER_NODE = 200
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_who_waits_for_many_tasks_is_told_how_many_are_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(number: int) -> int:
+        time.sleep(0.2 * number)
+        return number
+
+    monkeypatch.setattr(cluster, "TELL_EVERY_SECONDS", 0.05)
+    done: list[int] = []
+    assert parallel_map(slow, range(4), done.append) == [0, 1, 2, 3]
+    assert done == sorted(done)
+    assert done[-1] == 4 > done[0]
 
 
 @pytest.mark.parametrize(

@@ -117,16 +117,16 @@ def label_table(task: FitTask, fractions: Sequence[float], seeds: int) -> list[R
         for contestant, settings in SETTINGS.items()
         for setting in settings
     ]
-    say(f"{len(tried)} trainings to choose settings by")
-    first = dict(zip(tried, parallel_map(run, tried), strict=True))
+    said = partial(_say, f"of {len(tried)} trainings to choose settings by")
+    first = dict(zip(tried, parallel_map(run, tried, said), strict=True))
     chosen: dict[tuple[float, Contestant], Trial] = {}
     for trial in tried:  # of equals the first
         place = trial.fraction, trial.contestant
         if place not in chosen or first[trial].validation > first[chosen[place]].validation:
             chosen[place] = trial
     others = [trial._replace(seed=seed) for trial in chosen.values() for seed in range(1, seeds)]
-    say(f"{len(others)} trainings with other seeds")
-    rest = dict(zip(others, parallel_map(run, others), strict=True))
+    said = partial(_say, f"of {len(others)} trainings with other seeds")
+    rest = dict(zip(others, parallel_map(run, others, said), strict=True))
     rights: dict[tuple[float, Contestant], list[NDArray[np.int64]]] = defaultdict(list)
     for place, trial in chosen.items():
         rights[place] = [first[trial].right]
@@ -140,6 +140,10 @@ def label_table(task: FitTask, fractions: Sequence[float], seeds: int) -> list[R
         )
         for fraction in sorted(fractions)
     ]
+
+
+def _say(what: str, count: int) -> None:
+    say(f"{count} {what}")
 
 
 def show(rows: Sequence[Row]) -> str:
