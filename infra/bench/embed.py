@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, cluster("", 1, verbose=False):
         job = make_job(recipe(given.recipe), given.data, Path(folder))
         result = measure(job, given.repeats)
-    keep(f"embed_{job.encoder.modality}", {"encoder": given.recipe, **result})
+    keep(f"embed_{given.recipe}", {"encoder": given.recipe, **result})
 
 
 def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
