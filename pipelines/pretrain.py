@@ -124,7 +124,8 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     commit, _ = run.log.newest_whole()
     assert commit is not None
     if made := _account(run):
-        if (made["digest"], made["handed_over"]) == (commit.digest, _handed_over(run.config)):
+        same = made.get("handed_over") == _handed_over(run.config)
+        if same and made["digest"] == commit.digest:
             say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
             return made
         shutil.rmtree(run.dir / "bundle", ignore_errors=True)  # its card tells of that handover
