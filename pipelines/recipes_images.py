@@ -115,8 +115,8 @@ def mnist_autoencoder() -> RunConfig:
 def fashion_triplet() -> RunConfig:
     """As mnist-triplet, on grey clothes of 28 pixels: minutes on two CPU cores.
 
-    Short of raw pixels so far: one run of 1,200 steps gave 76.9 % by a linear probe of 1,000
-    labels, where raw pixels give 80.8; after 300 steps it was 76.6 already.
+    Short of raw pixels so far: a linear probe of 1,000 labels gives 77.5 %, where raw pixels give
+    79.7 (one seed); more steps hardly help.
     """
     digits = mnist_triplet()
     encoder = replace(_contrastive(digits).encoder, mean=(0.286,), std=(0.353,))
