@@ -41,6 +41,12 @@ def test_pictures_and_lines_stand_where_they_belong() -> None:
     assert (text[:, -GAP // 2 :] == 255).all()
 
 
-def test_a_thumbnail_keeps_its_shape_and_is_never_made_larger() -> None:
+def test_a_thumbnail_keeps_its_shape_and_shows_the_pixels_of_a_small_picture() -> None:
     assert thumbnail(plain(640, 320, (1, 2, 3))).shape == (SIDE, SIDE // 2, 3)
-    np.testing.assert_array_equal(thumbnail(plain(20, 30, (1, 2, 3))), plain(20, 30, (1, 2, 3)))
+    larger = np.arange(100 * 90 * 3, dtype=np.uint8).reshape(100, 90, 3)
+    np.testing.assert_array_equal(thumbnail(larger), larger)
+    small = larger[:20, :30]
+    shown = thumbnail(small)
+    assert shown.shape == (100, 150, 3)
+    np.testing.assert_array_equal(shown[2::5, 2::5], small)
+    np.testing.assert_array_equal(shown[:5, :5], np.broadcast_to(small[0, 0], (5, 5, 3)))

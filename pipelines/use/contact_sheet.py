@@ -52,7 +52,12 @@ def box_of(row: int, column: int, shape: tuple[int, ...]) -> Box:
 
 
 def thumbnail(pixels: Pixels) -> Pixels:
-    """Return an RGB picture at the size that it has on the sheet; it is never made larger."""
+    """Return an RGB picture at the size that it has on the sheet.
+
+    A small one is made larger so many times as it fits, in squares: nothing is made up.
+    """
+    if (times := SIDE // max(pixels.shape[:2])) > 1:
+        return pixels.repeat(times, axis=0).repeat(times, axis=1)
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE))
     return np.asarray(image)
