@@ -1,6 +1,6 @@
 """What `rayssl embed` costs beside the encoder: Ray, reading, ids and Parquet.
 
-    python -m infra.bench.embed samples/wikipedia
+    python -m infra.bench.embed 'samples/newsgroups/*.jsonl'
     python -m infra.bench.embed samples/photos --recipe photos-triplet
 
 The items are the paragraphs of DATA, or its pictures. The bare loop is `Encoder.encode` on the
