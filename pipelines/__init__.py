@@ -19,6 +19,7 @@
     use/evaluate_images.py  held-out pictures -> the loss, and whether the encoder collapsed
     use/evaluate_labels.py  labels told from frozen features, beside what they have to beat
     use/commit_figures.py   commits -> held-out figures, while the training goes on
+    use/predictions.py      held-out masked tokens -> a table of what is told of them
     use/pictures.py         held-out pictures -> sheets of rows and reconstructions, a map; sheet.py
     use/embed.py            documents or pictures -> Parquet files with ids, each written once
     use/duplicates.py       embeddings -> pairs that are alike, groups, a sheet of the pictures

@@ -100,7 +100,7 @@ class RunConfig:
     stop the run; 0 never stops it."""
     measure_every: int = 0
     """Steps after which the next commit's held-out figures are logged, as commit/..., while the
-    training goes on; 0 for none."""
+    training goes on, and pictures or a table of predictions; 0 for none."""
     max_restarts: int = 3
     """How often a failed group of workers is started again from the newest commit."""
     init_from: str = ""

@@ -35,11 +35,10 @@ from pipelines.training.spool import read_spool
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError
 from pipelines.use.bundle import write_bundle
 from pipelines.use.card import model_card
-from pipelines.use.commit_figures import CommitFigures
-from pipelines.use.evaluate import Evaluation, evaluate
-from pipelines.use.evaluate_images import ImageEvaluation, evaluate_images
+from pipelines.use.commit_figures import CommitFigures, evaluate_run, show_run
+from pipelines.use.evaluate import Evaluation
+from pipelines.use.evaluate_images import ImageEvaluation
 from pipelines.use.heldout import NothingHeldOutError
-from pipelines.use.pictures import write_pictures
 from pipelines.use.registry import RECIPE_TAG, Registered, register
 from ssl_models.objective import Objective
 
@@ -76,7 +75,9 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         tracker = start_tracking(run)
         status: Any = "FAILED"
         try:
-            train(run)
+            figures = CommitFigures(run, tracker.log_artifact)
+            train(run, update=figures.update)
+            figures.close()
             account = finish(run, tracker)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -88,10 +89,11 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     return account
 
 
-def train(run: Run, worker: Any = train_worker) -> None:
+def train(run: Run, worker: Any = train_worker, update: Callable[[], None] = lambda: None) -> None:
     """Train from the newest commit to the last step, in as many attempts as that takes.
 
-    An attempt that ends before the last step without an error had too few rows planned.
+    An attempt that ends before the last step without an error had too few rows planned. `update`
+    is called from time to time meanwhile.
 
     Raises:
         TrainingError: If the workers failed more often than `max_restarts`, or cannot succeed.
@@ -102,7 +104,7 @@ def train(run: Run, worker: Any = train_worker) -> None:
     if step >= last:
         say(f"all {step} steps have been made")
     while step < last:
-        error = _attempt(run, worker)
+        error = _attempt(run, worker, update)
         before, step = step, _steps_made(run)
         if error is not None:
             failures += 1
@@ -135,8 +137,9 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     for line in [*figures, *_curves(run)]:
         say(line)
     tracker.log_final_metrics(metrics, commit.step)
-    for path in [] if run.pieces else write_pictures(objective, run):
-        tracker.log_artifact(path, "pictures")
+    shown = show_run(objective, run)
+    for path in shown.paths:
+        tracker.log_artifact(path, shown.folder)
     ledger = {
         "records": {fate: vars(entry) for fate, entry in run.manifest.ledger.items()},
         "rows": commit.fates,
@@ -167,7 +170,7 @@ def evaluate_heldout(objective: Objective, run: Run) -> Evaluation | ImageEvalua
     if not _holds_out(run):
         return None
     try:
-        return (evaluate if run.pieces else evaluate_images)(objective, run)
+        return evaluate_run(objective, run)
     except NothingHeldOutError as error:
         say(f"{error}: the encoder is not evaluated")
         return None
@@ -289,17 +292,16 @@ def _steps_made(run: Run) -> int:
     return commit.step if commit else 0
 
 
-def _attempt(run: Run, worker: Any) -> str | None:
+def _attempt(run: Run, worker: Any, update: Callable[[], None]) -> str | None:
     """Start the workers once, show how they get on, and return why they failed, if they did.
 
     Raises:
         UserError: The one that a worker raised, but for an outage.
     """
-    progress, figures = Progress(run.dir, run.config), CommitFigures(run)
-    error = followed(lambda: _fit(run, worker), progress.update, figures.update)
+    progress = Progress(run.dir, run.config)
+    error = followed(lambda: _fit(run, worker), progress.update, update)
     progress.close()
     if error is None:
-        figures.close()
         return None
     found = unwrap(error)
     if isinstance(found, UserError) and not isinstance(found, OutageError):

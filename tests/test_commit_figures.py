@@ -10,7 +10,6 @@ import pytest
 from pipelines.config import RunConfig
 from pipelines.data import indexing
 from pipelines.data.indexing import build
-from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Cursor, Plan
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.pretrain import evaluate_heldout, pretrain
@@ -24,7 +23,8 @@ from pipelines.training.tracking import COMMITS_FILE
 from pipelines.use import commit_figures
 from pipelines.use.commit_figures import CommitFigures, bounded
 from pipelines.use.evaluate_images import evaluate_images
-from tests.corpus import serial_map
+from pipelines.use.heldout import Held
+from tests.corpus import serial_map, write_corpus
 from tests.pictures import write_pictures
 
 
@@ -38,6 +38,11 @@ def run(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     config = replace(recipe("image-tiny"), name="run", measure_every=10, source=source)
     manifest = build(find_shards([str(tmp_path / "pictures")]), source, serial_map)
     return Run(tmp_path / "run", "key", config, manifest, None)
+
+
+def nobody(path: Path, folder: str) -> None:
+    """Look at no file."""
+    del path, folder
 
 
 def commit(run: Run, step: int, attempt: int = 1) -> None:
@@ -62,22 +67,27 @@ def points(run: Run) -> dict[int, dict[str, float]]:
 
 
 def test_commits_are_measured_once_and_a_resumed_run_goes_on(run: Run) -> None:
-    figures = CommitFigures(run)
+    shown: list[tuple[Path, str]] = []
+    figures = CommitFigures(run, lambda path, folder: shown.append((path, folder)))
     for step in (5, 10, 15):
         commit(run, step)
         figures.update()
     figures.close()
     assert list(points(run)) == [10]
+    place = "pictures/step-000000010"
+    drawn = [run.dir / place / name for name in ("triplets.png", "map.png")]
+    assert shown == [(path, place) for path in drawn]
+    assert all(path.is_file() for path in drawn)
     expected = evaluate_images(draw(replace(run.config, seed=10)), run).losses["triplet"]
     assert points(run)[10]["commit/triplet_loss"] == pytest.approx(expected, rel=1e-5)
 
-    again = CommitFigures(run)  # of the next attempt, which replays steps
+    again = CommitFigures(run, nobody)  # of the next attempt, which replays steps
     for step in (10, 15, 23):
         commit(run, step, attempt=2)
         again.update()
     again.close()
     assert list(points(run)) == [10, 23]
-    off = CommitFigures(replace(run, config=replace(run.config, measure_every=0)))
+    off = CommitFigures(replace(run, config=replace(run.config, measure_every=0)), nobody)
     commit(run, 30, attempt=2)
     off.close()
     assert list(points(run)) == [10, 23]
@@ -89,7 +99,7 @@ def test_a_commit_that_is_gone_or_too_slow_costs_one_line(
     commit(run, 10)
     for path in (run.dir / "checkpoints").glob("*/model.safetensors"):
         path.unlink()
-    figures = CommitFigures(run)
+    figures = CommitFigures(run, nobody)
     figures.close()
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("measuring commit 000001-000000010 failed (")
@@ -98,11 +108,11 @@ def test_a_commit_that_is_gone_or_too_slow_costs_one_line(
 
     monkeypatch.setattr(commit_figures, "PATIENCE_SECONDS", 0)
     commit(run, 20)
-    CommitFigures(run).close()
+    CommitFigures(run, nobody).close()
     assert "took too long: the training goes on without it" in capsys.readouterr().out
     assert points(run) == {}
     (run.dir / "commits" / "000001-000000020.json").write_text("{")
-    CommitFigures(run).close()
+    CommitFigures(run, nobody).close()
     assert capsys.readouterr().out == ""
 
 
@@ -125,17 +135,11 @@ def test_a_bounded_manifest_trains_the_same_and_holds_out_less(
 def test_a_single_picture_held_out_is_no_hindrance(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    number, *others = run.manifest.blocks_of("heldout")
-    blocks = list(run.manifest.blocks)
-    for other in others:
-        blocks[other] = replace(blocks[other], heldout=0)
-    lone = replace(run, manifest=replace(run.manifest, blocks=tuple(blocks)))
-    (picture, *more) = lone.manifest.read(number, "heldout")
-    assert len(more) < lone.config.order.rows_per_slot
-    objective = draw(lone.config)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Manifest, "read", lambda *_: [picture])
-        assert evaluate_heldout(objective, lone) is None
+    contents = sorted(picture.content for picture in Held(run.manifest, "heldout", 1000).items())
+    source = SourceConfig(heldout_ratio=(contents[0] + contents[1]) / 2**65)
+    manifest = build(find_shards([run.manifest.root]), source, serial_map)
+    assert manifest.records_where("heldout") == 1
+    assert evaluate_heldout(draw(run.config), replace(run, manifest=manifest)) is None
     assert "no picture is held out that can be decoded and told from another" in (
         capsys.readouterr().out
     )
@@ -143,12 +147,21 @@ def test_a_single_picture_held_out_is_no_hindrance(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_a_run_is_measured_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "loss", "files"),
+    [
+        ("image-tiny", "triplet_loss", {"pictures/map.png", "pictures/triplets.png"}),
+        ("text-tiny", "mlm_loss", {"tables/predictions.csv"}),
+    ],
+)
+def test_a_run_is_measured_and_shown_while_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, loss: str, files: set[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    write_pictures(tmp_path / "pictures")
+    (write_pictures if name == "image-tiny" else write_corpus)(tmp_path / "data")
     config: RunConfig = replace(
-        recipe("image-tiny"),
-        data=(str(tmp_path / "pictures"),),
+        recipe(name),
+        data=(str(tmp_path / "data"),),
         name="measured",
         tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
         steps=20,
@@ -162,10 +175,18 @@ def test_a_run_is_measured_while_it_trains(tmp_path: Path, monkeypatch: pytest.M
     assert "measuring" not in out.getvalue()
     found = points(load_run(tmp_path / "runs" / "measured"))
     assert 20 in found
-    at_end = account["evaluation"]["heldout/triplet_loss"]
-    assert found[20]["commit/triplet_loss"] == pytest.approx(at_end, rel=1e-5)
-    client = open_client(config.tracking_uri)
-    sent = client.get_metric_history(account["mlflow_run"], "commit/triplet_loss")
-    outputs = client.get_run(account["mlflow_run"]).outputs.model_outputs
+    at_end = account["evaluation"][f"heldout/{loss}"]
+    assert found[20][f"commit/{loss}"] == pytest.approx(at_end, rel=1e-5)
+    client, run_id = open_client(config.tracking_uri), account["mlflow_run"]
+    sent = client.get_metric_history(run_id, f"commit/{loss}")
+    outputs = client.get_run(run_id).outputs.model_outputs
     assert {output.step for output in outputs} >= set(found)
     assert [point.step for point in sent] == sorted(found)
+
+    folder = min(files).partition("/")[0]
+    logged = {file.path for file in client.list_artifacts(run_id, folder)}
+    steps = {f"{folder}/step-{step:09d}" for step in found}
+    assert logged == files | steps
+    for place in steps:
+        names = {file.path.rpartition("/")[2] for file in client.list_artifacts(run_id, place)}
+        assert names == {file.rpartition("/")[2] for file in files}

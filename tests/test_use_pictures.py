@@ -157,8 +157,8 @@ def test_a_run_draws_its_held_out_pictures(
     config = recipe(name)
     run = Run(tmp_path, "key", config, manifest, None)
     objective = build_objective(config.objective)
-    written = write_pictures(objective, run)
-    assert [path.relative_to(tmp_path) for path in written] == [Path("pictures", f) for f in files]
+    written = write_pictures(objective, run, tmp_path / "drawn")
+    assert [path.relative_to(tmp_path) for path in written] == [Path("drawn", f) for f in files]
     sheet, drawn_map = (Image.open(path) for path in written)
     assert np.asarray(sheet).std() > 30
     heldout = [p.data for b in manifest.blocks_of("heldout") for p in manifest.read(b, "heldout")]
@@ -188,7 +188,7 @@ def test_of_large_pictures_few_are_held(tmp_path: Path) -> None:
     config = recipe("image-tiny")
     run = Run(tmp_path, "key", config, index(tmp_path, 0.0), None)
     tracemalloc.start()
-    write_pictures(build_objective(config.objective), run)
+    write_pictures(build_objective(config.objective), run, tmp_path / "drawn")
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 0.7 * 60 * 250 * 250 * 3  # of all, and the sheet and the map are in it

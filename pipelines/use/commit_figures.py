@@ -1,14 +1,17 @@
 """Held-out figures of a run while it trains, measured beside the training and never in its way.
 
     commit of every so many steps -> a task with a copy of its weights -> spool -> MLflow
+                                                                       -> table or pictures
 
 The points are `commit/...` at the steps of the commits; each is logged once, whatever is resumed.
 MLflow keeps them as metrics of the run, and of a LoggedModel for each commit, with the data.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -21,9 +24,12 @@ from pipelines.run import Run
 from pipelines.training.checkpoint import Commit
 from pipelines.training.spool import SpoolWriter, read_spool
 from pipelines.training.tracking import COMMITS_FILE
-from pipelines.use.evaluate import evaluate
-from pipelines.use.evaluate_images import evaluate_images
+from pipelines.use.evaluate import Evaluation, evaluate
+from pipelines.use.evaluate_images import ImageEvaluation, evaluate_images
+from pipelines.use.pictures import write_pictures
+from pipelines.use.predictions import write_predictions
 from ssl_models import build_objective
+from ssl_models.objective import Objective
 
 MAX_RECORDS = 1000
 """Of more held-out records every n-th block is measured: a few seconds of one CPU."""
@@ -31,10 +37,42 @@ PATIENCE_SECONDS = 60.0
 """How long the end of the training waits for the last figures."""
 
 
-class CommitFigures:
-    """Measures commits of a run, one at a time; what fails or comes too late is said and left."""
+class Shown(NamedTuple):
+    """Files to be looked at, and the folder of the run and of MLflow that they belong into."""
 
-    def __init__(self, run: Run) -> None:
+    folder: str
+    paths: list[Path]
+
+
+def evaluate_run(objective: Objective, run: Run) -> Evaluation | ImageEvaluation:
+    """Return the figures of an objective on what a run has held out.
+
+    Raises:
+        NothingHeldOutError: If that is nothing.
+    """
+    return (evaluate if run.pieces else evaluate_images)(objective, run)
+
+
+def show_run(objective: Objective, run: Run, step: int | None = None) -> Shown:
+    """Write what the eye sees of an objective: a table of predictions, or pictures.
+
+    Into a folder of the run, at a step into one of that step; below it they go to MLflow, too.
+    """
+    folder = "tables" if run.pieces else "pictures"
+    if step is not None:
+        folder = f"{folder}/step-{step:09d}"
+    write = write_predictions if run.pieces else write_pictures
+    return Shown(folder, write(objective, run, run.dir / folder))
+
+
+class CommitFigures:
+    """Measures commits of a run, one at a time; what fails or comes too late is said and left.
+
+    `log` takes a file that is to be looked at, and the folder that it belongs into.
+    """
+
+    def __init__(self, run: Run, log: Callable[[Path, str], None]) -> None:
+        self._log = log
         self._run = replace(run, dir=run.dir.resolve(), manifest=bounded(run.manifest))
         is_on = run.config.measure_every and run.manifest.records_where("heldout")
         self._run_ref = ray.put(self._run) if is_on else None
@@ -74,7 +112,9 @@ class CommitFigures:
         assert self._measured is not None
         task, self._task = self._task, None
         try:
-            metrics = ray.get(task)
+            metrics, shown = ray.get(task)
+            for path in shown.paths:  # first: with its point in the spool a commit counts as done
+                self._log(path, shown.folder)
             writer = SpoolWriter(self._run.dir / "spool" / COMMITS_FILE)
             writer.append(self._measured.step, metrics)
             writer.close()
@@ -105,13 +145,13 @@ def bounded(manifest: Manifest) -> Manifest:
 
 # No CPU is reserved: the one that the data has must not wait for a measurement.
 @ray.remote(num_cpus=0, max_retries=0)
-def _measure(run: Run, commit: Commit) -> dict[str, float]:
-    """Return the held-out figures of a commit."""
+def _measure(run: Run, commit: Commit) -> tuple[dict[str, float], Shown]:
+    """Return the held-out figures of a commit, and what was written of it."""
     torch.set_num_threads(1)
     objective = build_objective(run.config.objective)
     objective.load_state_dict(run.log.load(commit)[0])
-    evaluation = (evaluate if run.pieces else evaluate_images)(objective, run)
-    return {
+    metrics = {
         f"commit/{name.removeprefix('heldout/')}": value
-        for name, value in evaluation.metrics().items()
+        for name, value in evaluate_run(objective, run).metrics().items()
     }
+    return metrics, show_run(objective, run, commit.step)

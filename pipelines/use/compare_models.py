@@ -26,8 +26,8 @@ from pipelines.use.baselines import Floats, unigram_loss
 from pipelines.use.comparison import MIN_ITEMS, Comparison
 from pipelines.use.encoder import ROWS_PER_BATCH, Encoder
 from pipelines.use.evaluate import MAX_DOCUMENTS, Measured, measure, text_config
-from pipelines.use.evaluate_images import MAX_PICTURES, SEED
-from pipelines.use.heldout import Held
+from pipelines.use.evaluate_images import MAX_PICTURES
+from pipelines.use.heldout import SEED, Held
 
 GALLERY = 256
 """Pictures among which the other view of one is looked for."""

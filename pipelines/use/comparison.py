@@ -13,12 +13,10 @@ import numpy as np
 from pipelines.errors import DataError
 from pipelines.tables import table
 from pipelines.use.baselines import Floats
-from pipelines.use.intervals import bootstrap
+from pipelines.use.intervals import GROUPS, bootstrap
 
 MIN_ITEMS = 30
 """Fewer items give an interval that is too narrow, and so let too much pass."""
-MAX_ITEMS = 1024
-"""The bootstrap draws items, or so many groups of them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +49,7 @@ class Comparison:
         gain = self.candidate - self.reference
         if not np.isfinite(gain).all():
             return float("nan"), float("nan")
-        group = np.arange(len(gain)) % MAX_ITEMS
+        group = np.arange(len(gain)) % GROUPS
         return bootstrap(np.bincount(group, gain), np.bincount(group, self.weight))
 
 

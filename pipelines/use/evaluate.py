@@ -23,8 +23,8 @@ from pipelines.run import Run
 from pipelines.use.baselines import Counts, Floats, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
 from pipelines.use.encoder import Encoder
-from pipelines.use.heldout import Held, NothingHeldOutError, without_copies
-from pipelines.use.intervals import bootstrap
+from pipelines.use.heldout import SEED, Held, NothingHeldOutError, without_copies
+from pipelines.use.intervals import GROUPS, bootstrap
 from ssl_models.masked_language import MaskedLanguage
 from ssl_models.objective import Objective
 
@@ -34,8 +34,6 @@ MAX_DOCUMENTS = 20_000
 """Of more documents every n-th block is evaluated."""
 ORDER_CHARS = 4_000_000
 """Documents are paired among so many characters of text."""
-GROUPS = 1024
-"""The bootstrap draws documents, or so many groups of them."""
 ROWS_PER_BATCH = 64
 ROWS_PER_COUNT = 1024
 TRAINING_ORDERS = 8
@@ -281,8 +279,7 @@ def _rows(maker: TextRows, documents: Sequence[Document], number: int) -> Iterat
     """Yield the rows of an order, made anew in each pass, a batch at a time."""
     for i in range(PASSES):
         visited = [document._replace(visit=i) for document in documents]
-        # A seed that no run can have: training rows never share a draw with these.
-        rows = maker.rows(visited, seed=-1, order=number * PASSES + i)
+        rows = maker.rows(visited, seed=SEED, order=number * PASSES + i)
         yield from _parts(rows, ROWS_PER_BATCH)
 
 

@@ -11,15 +11,13 @@ import torch
 from pipelines.data.images import ImageRows
 from pipelines.data.manifest import Manifest, Picture
 from pipelines.run import Run
-from pipelines.use.heldout import Held, NothingHeldOutError, without_copies
+from pipelines.use.heldout import SEED, Held, NothingHeldOutError, without_copies
 from ssl_models.collapse import diagnose, measure
 from ssl_models.contrastive import Contrastive
 from ssl_models.objective import Objective
 
 MAX_PICTURES = 10_000
 """Of more held-out pictures every n-th block is evaluated."""
-SEED = -1
-"""One that no run can have: training rows never share a draw with these."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from pipelines.data.manifest import Manifest, Split
 from pipelines.errors import DataError
 
 TASKS = 64
+SEED = -1
+"""Of held-out rows; no run can have it, so training rows never share a draw with these."""
 
 
 class NothingHeldOutError(DataError):

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 NUM_RESAMPLES = 2000
+GROUPS = 1024
+"""A bootstrap draws items, or so many groups of them."""
 NORMAL_97_5 = 1.959964
 """What a normal deviate is below 97.5 % of the time."""
 

@@ -17,7 +17,7 @@ from pipelines.data.manifest import Manifest, Picture, Split
 from pipelines.data.shards import Rejected
 from pipelines.data.views import View
 from pipelines.run import Run
-from pipelines.use.evaluate_images import SEED
+from pipelines.use.heldout import SEED
 from pipelines.use.sheet import COLOURS, Cell, Head, draw_map, draw_sheet, write_png
 from ssl_models.autoencoder import Autoencoder
 from ssl_models.objective import Objective
@@ -52,10 +52,10 @@ class Column(NamedTuple):
         return Cell(self.pixels[row].transpose(1, 2, 0), self.lines[row])
 
 
-def write_pictures(objective: Objective, run: Run) -> list[Path]:
+def write_pictures(objective: Objective, run: Run, folder: Path) -> list[Path]:
     """Draw held-out pictures, or training ones where those are too few; return the files.
 
-    In RUN/pictures: `triplets.png`, or of an autoencoder `reconstructions.png`, and `map.png`.
+    In the folder: `triplets.png`, or of an autoencoder `reconstructions.png`, and `map.png`.
     """
     maker = ImageRows(run.config.images)
     split: Split = "heldout" if run.manifest.records_where("heldout") >= SHOWN else "training"
@@ -69,7 +69,7 @@ def write_pictures(objective: Objective, run: Run) -> list[Path]:
         name: draw_rows(maker, slot, autoencoder),
         "map.png": draw_features(objective, maker, _pictures(run.manifest, split, MAPPED)),
     }
-    return [write_png(run.dir / "pictures" / file, image) for file, image in drawn.items()]
+    return [write_png(folder / file, image) for file, image in drawn.items()]
 
 
 def draw_rows(maker: ImageRows, slot: Slot, autoencoder: Autoencoder | None = None) -> Image.Image:
