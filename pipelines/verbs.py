@@ -306,7 +306,7 @@ def _refuse_within(out: Path, data: tuple[str, ...]) -> None:
     for pattern in data:
         folder = Path(pattern.partition("**")[0]).expanduser().resolve()
         is_whole = "**" in pattern or folder.is_dir()
-        if is_whole and folder in [out.resolve(), *out.resolve().parents]:
+        if is_whole and out.resolve().is_relative_to(folder):
             raise UserError(f"{out} lies within the data of {pattern!r}: choose another --out")
 
 

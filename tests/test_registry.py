@@ -408,7 +408,7 @@ def test_what_is_downloaded_goes_with_the_process(
 ) -> None:
     where = {"tracking_uri": store.uri, "run_id": store.run_id}
     uri = register(made.directory, **where, name="far", tags=TAGS).model_uri
-    monkeypatch.setattr(registry, "sqlite_path", lambda _: None)  # as of a server
+    monkeypatch.setattr(registry, "LOCAL_SCHEMES", ())  # as if they were on a server
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     at_exit: list[Any] = []
     monkeypatch.setattr(atexit, "register", lambda *call, **named: at_exit.append((call, named)))

@@ -162,12 +162,7 @@ def evaluate_labels(
     union = pool.take(np.unique(np.concatenate(chosen)))
     say(f"embeds {len(union) + len(asked)} {things} by the encoder and {seeds} untrained ones")
     known, seen = embedded(union, encoders), embedded(asked, encoders)
-    told = ray.put((known, seen, [pool.record[places] for places in chosen]))
-    right = parallel_map(partial(_right, told), range(seeds))
-    scores = {
-        probe: {kind: np.stack([found[probe, kind] for found in right]) for kind in KINDS}
-        for probe in PROBES
-    }
+    scores = _scores(known, seen, [pool.record[places] for places in chosen])
     is_strange = ~np.isin(seen.items.label, pool.label)
     notes = {
         f"records have no {labels!r}: left out": num_unlabelled,
@@ -196,6 +191,16 @@ def evaluate_labels(
         },
         notes=tuple(f"{n} {what}" for what, n in notes.items() if n),
     )
+
+
+def _scores(known: Embedded, seen: Embedded, chosen: list[Ints]) -> dict[str, dict[str, Any]]:
+    """Return for each probe and kind of features (seeds, test items), 1 where it tells right."""
+    told = ray.put((known, seen, chosen))
+    right = parallel_map(partial(_right, told), range(len(chosen)))
+    return {
+        probe: {kind: np.stack([found[probe, kind] for found in right]) for kind in KINDS}
+        for probe in PROBES
+    }
 
 
 def _some(asked: Items) -> Items:

@@ -12,6 +12,7 @@ What a run has finished is not made twice; a training that was killed begins ane
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,8 @@ def finetune(asked: "Finetune") -> dict[str, Any]:
         if made.get("tracking_uri") == asked.tracking_uri:
             say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
             return made
+        if made:  # its lineage tells of a run in another store
+            shutil.rmtree(run_dir / "bundle", ignore_errors=True)
         say(f"{data.line()}; {task.schedule.steps} steps at most, in {run_dir}")
         tracker = Tracker(run_dir, asked.tracking_uri, asked.experiment, key, asked.name)
         tracker.start()

@@ -16,7 +16,7 @@ from pipelines.config import RunConfig
 from pipelines.console import say
 from pipelines.data.batches import RowSource
 from pipelines.data.decode import FORMATS
-from pipelines.data.fields import KEY, field_values
+from pipelines.data.fields import KEY, field_of_each
 from pipelines.data.gate import ledger_table, place_of
 from pipelines.data.images import ImageRows
 from pipelines.data.manifest import Manifest, Picture
@@ -175,7 +175,7 @@ def _name(manifest: Manifest, picture: Picture, number: int) -> str:
     shard = manifest.shards[block.shard]
     if shard.form == "parquet-images":
         return f"{shard.path}: row {block.offset + place}"
-    return f"{shard.path}: {list(field_values(manifest, number, KEY))[place]}"
+    return f"{shard.path}: {field_of_each(manifest, number, [picture], KEY)[0]}"
 
 
 def _spread(sizes: Any) -> tuple[int, float, int]:

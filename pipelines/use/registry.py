@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ READERS = {
     "images": ("opencv-python-headless", "pillow", "simplejpeg"),
 }
 """Packages that an encoder of a modality needs beside."""
+LOCAL_SCHEMES = ("", "file")
+"""Of artifacts that are read where they are; others are downloaded."""
 CLASSES = "classes"
 """The key in the config of a bundle that only a classifier has."""
 
@@ -219,9 +222,9 @@ def _download(client: Any, name: str, version: str, tracking_uri: str) -> Path:
     from mlflow.artifacts import download_artifacts
 
     uri = client.get_model_version_download_uri(name, version)
-    is_local = sqlite_path(tracking_uri) is not None
-    folder = None if is_local else tempfile.mkdtemp(prefix="rayssl-")
-    if folder:
+    folder = None
+    if urlsplit(uri).scheme not in LOCAL_SCHEMES:
+        folder = tempfile.mkdtemp(prefix="rayssl-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri, dst_path=folder))
 
