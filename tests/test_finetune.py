@@ -217,6 +217,8 @@ def test_what_was_registered_elsewhere_is_registered_here_too(
     assert "steps at most" in said
     assert account["evaluation"] == finished.account["evaluation"]
     assert load_classifier(account["registered"], elsewhere).classes
+    lineage = Path(finished.asked.runs, finished.asked.name, "bundle", "lineage.json").read_text()
+    assert json.loads(lineage)["mlflow_run"] == account["mlflow_run"]
     call(finished.asked)  # as the other tests know it
 
 
