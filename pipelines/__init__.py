@@ -28,6 +28,7 @@
     use/label_table.py      whether pretraining pays where labels are few
     use/registry.py         bundle -> registered model -> `load_encoder` -> use/encoder.py
     use/compare_models.py   candidate and champion -> scores on the same held-out items
+    use/compare_labels.py   and how well labels are told from their features
     use/promotion.py        scores -> intervals (comparison.py) -> `champion` moves, or stays
     use/hf_export.py        encoder -> a folder that transformers loads; hf_layout.py: back
 

@@ -396,7 +396,12 @@ def test_the_commands_promote_roll_back_and_list(
     code, said, result = call(*promote, "--rule", "superior", "--gain", "9")
     assert (code, result["status"], result["champion"]) == (3, "REFUSED", "models:/command/1")
     assert said[-1] == "the champion stays models:/command/1"
-    assert result["report"]["gate"] == {"rule": "superior", "margin": 0.02, "gain": 9.0}
+    assert result["report"]["gate"] == {
+        "rule": "superior",
+        "margin": 0.02,
+        "gain": 9.0,
+        "labels": "",
+    }
 
     code, said, result = call(*promote, "--margin", "99")
     assert (code, result["champion"]) == (0, "models:/command/2")

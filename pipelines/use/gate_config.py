@@ -21,6 +21,10 @@ class GateConfig:
     gain: float = 0.0
     """How much better a superior candidate must at least be in the first comparison."""
 
+    labels: str = ""
+    """Field of --data that holds a label: how well a linear probe tells it from frozen features is
+    compared, too. It learns from one half of --data and is asked for the other."""
+
     def __post_init__(self) -> None:
         for name in ("margin", "gain"):
             if not 0 <= getattr(self, name) < math.inf:

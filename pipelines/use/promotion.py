@@ -23,6 +23,7 @@ from pipelines.data.manifest import Manifest
 from pipelines.errors import UserError, brief
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import TrackingError
+from pipelines.use.compare_labels import compare_labels
 from pipelines.use.compare_models import compare
 from pipelines.use.comparison import Finding, findings_table, judge
 from pipelines.use.encoder import Encoder
@@ -141,7 +142,9 @@ def judge_pair(
     """
     candidate, champion = encoders
     compared = compare(candidate, champion, data)
-    comparisons = compared.comparisons
+    comparisons = list(compared.comparisons)
+    if gate.labels:
+        comparisons.append(compare_labels(candidate, champion, data, gate.labels))
     bounds = gate.bounds(len(comparisons)) if champion else [0.0] * len(comparisons)
     findings = judge(comparisons, bounds)
     seen = [
