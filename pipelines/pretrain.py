@@ -27,13 +27,13 @@ from pipelines.console import Progress, say
 from pipelines.errors import OutageError, TrainingError, UserError, brief
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
-from pipelines.training.checkpoint import CommitLog
+from pipelines.training.checkpoint import Commit, CommitLog
 from pipelines.training.feed import PlannedDataConfig
 from pipelines.training.lineage import code_version, dataset_of, submission_id
 from pipelines.training.loop import Job, load_objective, train_worker
 from pipelines.training.spool import read_spool
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError
-from pipelines.use.bundle import write_bundle
+from pipelines.use.bundle import tells, write_bundle
 from pipelines.use.card import model_card
 from pipelines.use.commit_figures import CommitFigures, evaluate_run, show_run
 from pipelines.use.evaluate import Evaluation
@@ -46,6 +46,8 @@ CPUS_FOR_DATA = 1
 REGISTRY_TIMEOUT_SECONDS = 120.0
 NOT_EVALUATED = "nothing is held out: the encoder is not evaluated"
 LICENCE_TAG = "rayssl.data_licence"
+HANDOVER = ("digest", "register", "data_licence", "mlflow_run")
+"""What a lineage tells that another command, or another store, may want otherwise."""
 TOLD_OF_LINEAGE = ("fingerprint", "seed", "steps", "started_from", "git_commit", "git_dirty")
 """Of the lineage, what is a tag of the version too."""
 CURVES = {
@@ -77,7 +79,8 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         try:
             figures = CommitFigures(run, tracker.log_artifact)
             train(run, update=figures.update)
-            figures.close()
+            if _account(run) is None:  # or nothing is new to be waited for
+                figures.close()
             account = finish(run, tracker)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -130,7 +133,6 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
         if same and made["digest"] == commit.digest:
             say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
             return made
-        shutil.rmtree(run.dir / "bundle", ignore_errors=True)  # its card tells of that handover
     objective = load_objective(run)
     evaluation = evaluate_heldout(objective, run)
     figures, metrics = (evaluation.lines(), evaluation.metrics()) if evaluation else ([], {})
@@ -138,8 +140,9 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
         say(line)
     tracker.log_final_metrics(metrics, commit.step)
     shown = show_run(objective, run)
-    for path in shown.paths:
-        tracker.log_artifact(path, shown.folder)
+    # Those of earlier steps again: another store has none of them.
+    for path in sorted((run.dir / shown.folder).rglob("[!.]*.*")):
+        tracker.log_artifact(path, str(path.parent.relative_to(run.dir)))
     ledger = {
         "records": {fate: vars(entry) for fate, entry in run.manifest.ledger.items()},
         "rows": commit.fates,
@@ -149,7 +152,7 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     tokenizer = ("tokenizer.json",) if run.pieces else ()
     for name in ("run.json", "manifest.json", "ledger.json", *tokenizer):
         tracker.log_artifact(run.dir / name, "run")
-    registered = hand_over(run, objective, figures, tracker)
+    registered = hand_over(run, commit, objective, figures, tracker)
     account = {
         "run": run.config.name,
         "steps": commit.step,
@@ -188,7 +191,7 @@ def _handed_over(config: RunConfig) -> dict[str, str]:
 
 
 def hand_over(
-    run: Run, objective: Objective, figures: Sequence[str], tracker: Tracker
+    run: Run, commit: Commit, objective: Objective, figures: Sequence[str], tracker: Tracker
 ) -> Registered:
     """Write the bundle of a trained encoder, unless it is there, and register it once."""
     folder = run.dir / "bundle"
@@ -199,10 +202,14 @@ def hand_over(
         "seed": run.config.seed,
         "steps": run.config.steps,
         "started_from": run.started_from,
+        "digest": commit.digest,
+        "register": run.config.register,
+        "data_licence": run.config.data_licence,
         "mlflow_run": run_id,
         **code_version(),
     }
-    if not folder.exists():
+    if not tells(folder, {name: lineage[name] for name in HANDOVER}):
+        shutil.rmtree(folder, ignore_errors=True)
         record = to_record(run.config)
         write_bundle(
             folder,

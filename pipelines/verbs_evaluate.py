@@ -78,12 +78,10 @@ class Evaluate:
     def _of_run(self) -> "Evaluation | ImageEvaluation":
         from pipelines.run import load_run
         from pipelines.training.loop import load_objective
-        from pipelines.use.evaluate import evaluate
-        from pipelines.use.evaluate_images import evaluate_images
+        from pipelines.use.commit_figures import evaluate_run
 
         run = load_run(self.runs / self.name)
         objective = load_objective(run)
-        evaluate_run = evaluate if run.pieces else evaluate_images
         if not self.data:
             return evaluate_run(objective, run)
         with self._held_out(run.config.modality) as manifest:

@@ -19,9 +19,9 @@ def text_bundle(folder: Path, vocabulary: Vocabulary, seed: int = 0) -> Path:
     return _write(folder, dataclasses.replace(objective, encoder=encoder), seed, vocabulary)
 
 
-def image_bundle(folder: Path, seed: int = 0) -> Path:
-    """Write an encoder of pictures of 32 pixels into a folder, and return it."""
-    config = recipe("image-tiny")
+def image_bundle(folder: Path, seed: int = 0, name: str = "image-tiny") -> Path:
+    """Write a recipe's encoder of pictures, of 32 pixels, into a folder, and return it."""
+    config = recipe(name)
     views = dataclasses.replace(config.images.views, size=32)
     images = dataclasses.asdict(dataclasses.replace(config.images, views=views))
     return _write(folder, config.objective, seed, images=images)

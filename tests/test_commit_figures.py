@@ -116,6 +116,18 @@ def test_a_commit_that_is_gone_or_too_slow_costs_one_line(
     assert capsys.readouterr().out == ""
 
 
+def test_figures_are_kept_where_nothing_can_be_drawn(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit(run, 10)
+    (run.dir / "pictures").write_text("a file where a folder is to be")
+    CommitFigures(run, nobody).close()
+    assert list(points(run)) == [10]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("measuring commit 000001-000000010 shows nothing (")
+    assert said.endswith("): the training goes on without it")
+
+
 def test_a_bounded_manifest_trains_the_same_and_holds_out_less(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from pipelines.cli import main
-from pipelines.data.indexing import build
+from pipelines.data.indexing import MAX_BLOCK_BYTES, build
 from pipelines.data.manifest import Manifest
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, StorageError, UserError
 from pipelines.use.bundle import manifest_sha256
-from pipelines.use.embed import EmbedJob, embed, write_unit
+from pipelines.use.embed import MAX_UNIT_BYTES, EmbedJob, embed, write_unit
 from pipelines.use.registry import load_encoder
 from tests.bundles import text_bundle
 from tests.command import command
@@ -321,6 +321,20 @@ def test_small_shards_share_a_file(bundle: Path, tmp_path: Path) -> None:
     sizes = [sum(job.manifest.blocks[block].bytes for block in unit) for unit in job.units]
     assert all(size >= job.manifest.block_bytes for size in sizes[:-1])
     assert len(job.units) < 20
+
+
+@pytest.mark.parametrize(("num_blocks", "blocks_of_a_unit"), [(64, 1), (640, 10), (6400, 16)])
+def test_the_files_of_a_large_corpus_are_few_and_its_workers_hold_little(
+    bundle: Path, corpus: Path, tmp_path: Path, num_blocks: int, blocks_of_a_unit: int
+) -> None:
+    job = make_job(bundle, corpus, tmp_path)
+    block = dataclasses.replace(job.manifest.blocks[0], bytes=MAX_BLOCK_BYTES)
+    manifest = dataclasses.replace(
+        job.manifest, block_bytes=MAX_BLOCK_BYTES, blocks=(block,) * num_blocks
+    )
+    units = dataclasses.replace(job, manifest=manifest).units
+    assert {len(unit) for unit in units} == {blocks_of_a_unit}
+    assert blocks_of_a_unit * MAX_BLOCK_BYTES <= MAX_UNIT_BYTES
 
 
 def test_a_long_text_counts_as_far_as_the_encoder_reads(bundle: Path) -> None:

@@ -22,7 +22,8 @@ from pipelines.data.manifest import content_hash
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
 from pipelines.training.mlflow_client import open_client
-from pipelines.use.bundle import manifest_sha256
+from pipelines.training.tracking import TrackingError
+from pipelines.use.bundle import manifest_sha256, verify_bundle
 from pipelines.use.compare_models import compare
 from pipelines.use.fill_mask import fill_mask
 from pipelines.use.finetune import finetune
@@ -210,15 +211,21 @@ def test_the_same_command_trains_once_and_another_question_is_refused(finished: 
 
 
 def test_what_was_registered_elsewhere_is_registered_here_too(
-    finished: Finished, tmp_path: Path
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle = Path(finished.asked.runs, finished.asked.name, "bundle")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.use.finetune.REGISTRY_TIMEOUT_SECONDS", 0.5)
+        with pytest.raises(TrackingError, match="check the tracking URI"):
+            call(replace(finished.asked, tracking_uri="http://127.0.0.1:9"))
+    verify_bundle(bundle)  # a typo costs nothing
+
     elsewhere = f"sqlite:///{tmp_path}/other.db"
     account, said = call(replace(finished.asked, tracking_uri=elsewhere))
     assert "steps at most" in said
     assert account["evaluation"] == finished.account["evaluation"]
     assert load_classifier(account["registered"], elsewhere).classes
-    lineage = Path(finished.asked.runs, finished.asked.name, "bundle", "lineage.json").read_text()
-    assert json.loads(lineage)["mlflow_run"] == account["mlflow_run"]
+    assert json.loads((bundle / "lineage.json").read_text())["mlflow_run"] == account["mlflow_run"]
     call(finished.asked)  # as the other tests know it
 
 

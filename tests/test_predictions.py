@@ -1,6 +1,7 @@
 """A table of what is told of masked tokens: true to the model, and of the same tokens each time."""
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,10 +46,27 @@ def read(paths: list[Path]) -> list[dict[str, str]]:
     return rows
 
 
+def documents_of(rows: list[dict[str, str]], run: Run) -> set[int]:
+    """Return the records whose words make up the first segments, masked ones left out."""
+    found = set()
+    for split in ("training", "heldout"):
+        for number in run.manifest.blocks_of(split):
+            for document in run.manifest.read(number, split):
+                ids = run.vocabulary.encode([document.text])[0].tolist()
+                tokens = " ".join(str(run.vocabulary.tokenizer.id_to_token(i)) for i in ids)
+                for row in rows:
+                    words = row["text"].partition(" [SEP]")[0].removeprefix("[CLS] ")
+                    pattern = re.escape(words).replace(re.escape("[MASK]"), r"\S+")
+                    if re.search(pattern, tokens):
+                        found.add(document.record)
+    return found
+
+
 def test_the_table_tells_what_the_model_does(run: Run, tmp_path: Path) -> None:
     objective = drawn(run, 0)
     rows = read(write_predictions(objective, run, tmp_path / "a"))
     assert len({row["row"] for row in rows}) == ROWS
+    assert len(documents_of(rows, run)) > 2
     for row in rows[:5]:
         tokens = row["text"].split()
         ids = [run.vocabulary.tokenizer.token_to_id(token) for token in tokens]

@@ -338,12 +338,16 @@ def test_a_flipped_byte_in_the_registry_is_refused_in_one_line(
 def test_a_finished_run_is_handed_over_where_it_is_asked_to_be(finished: Finished) -> None:
     store = f"sqlite:///{finished.folder}/elsewhere.db"
     elsewhere = replace(finished.config, tracking_uri=store, data_licence="MIT")
+    (finished.dir / "tables" / "step-10").mkdir()
+    (finished.dir / "tables" / "step-10" / "predictions.csv").write_text("of an earlier step")
     account, said = call(elsewhere)
     assert "all 20 steps have been made" in said
     version = open_client(store).get_model_version("topics", "1")
     assert account["registered"] == "models:/topics/1"
     assert version.tags["rayssl.data_licence"] == "MIT"
     assert "Licence of the data: MIT" in (finished.dir / "bundle/MODEL_CARD.md").read_text()
+    (table,) = open_client(store).list_artifacts(account["mlflow_run"], "tables/step-10")
+    assert table.path == "tables/step-10/predictions.csv"
 
 
 @pytest.mark.slow

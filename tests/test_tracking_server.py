@@ -32,6 +32,7 @@ from tests.servers import BUCKET, PASSWORD, USER, MlflowServer, postgres, s3, s3
 pytestmark = pytest.mark.slow
 
 STEPS = 400
+COMMIT_EVERY = 10
 
 
 class Stack(NamedTuple):
@@ -108,13 +109,26 @@ def attempt_of(log: CommitLog) -> int:
 
 
 @contextmanager
-def paused(training: Command) -> Iterator[None]:
+def paused(training: Command) -> Iterator[int]:
     """Hold the one worker of a command, so that it does not come to its end meanwhile."""
     (worker,) = training.titled("ray::RayTrainWorker")
     os.kill(worker, signal.SIGSTOP)
-    yield
-    with suppress(ProcessLookupError):  # its command has ended
+    yield worker
+    with suppress(ProcessLookupError):  # it was killed, or its command has ended
         os.kill(worker, signal.SIGCONT)
+
+
+def kill_between_commits(training: Command, spool: Path) -> None:
+    """Kill the one worker of a command when it has logged a step that no commit holds."""
+
+    def killed() -> bool:
+        with paused(training) as worker:
+            between = read_spool(spool, {})[-1].step % COMMIT_EVERY != 0
+            if between:
+                os.kill(worker, signal.SIGKILL)
+        return between
+
+    training.wait_until(killed)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +138,8 @@ def story(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Story:
     (folder / "mlruns" / "0").mkdir(parents=True)
     (folder / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\n")
     words = ["pretrain", "text-tiny", "--data", str(folder / "*.jsonl"), "--name", "run"]
-    words += ["--steps", str(STEPS), "--checkpoint-every", "10", "--workers", "1"]
+    words += ["--steps", str(STEPS), "--workers", "1"]
+    words += ["--checkpoint-every", str(COMMIT_EVERY)]
     words += ["--tracking-uri", stack.mlflow.uri, "--json"]
     log, state = CommitLog(folder / "runs" / "run"), folder / "runs" / "run" / "tracking.json"
     codes, statuses, accounts = [], [], []
@@ -143,8 +158,7 @@ def story(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Story:
         killed = steps_of(log)
         training.wait_until(lambda: steps_of(log) >= killed + 20)
         without_server = steps_of(log)
-        (worker,) = training.titled("ray::RayTrainWorker")
-        os.kill(worker, signal.SIGKILL)
+        kill_between_commits(training, folder / "runs" / "run" / "spool")
         training.wait_until(lambda: attempt_of(log) == 3)
         with paused(training):
             stack.mlflow.start()

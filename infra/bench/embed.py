@@ -1,9 +1,11 @@
 """What `rayssl embed` costs beside the encoder: Ray, reading, ids and Parquet.
 
     python -m infra.bench.embed 'samples/newsgroups/*.jsonl'
-    python -m infra.bench.embed samples/photos --recipe photos-triplet
+    python -m infra.bench.embed 'samples/mnist/*.tar' --recipe mnist-triplet
+    python -m infra.bench.embed 'samples/photos/*.tar' --recipe photos-triplet --copies 10
 
-The items are the paragraphs of DATA, or its pictures. The bare loop is `Encoder.encode` on the
+The items are the paragraphs of DATA, or its pictures; `--copies` makes more of a corpus so small
+that starting would be what is measured. The bare loop is `Encoder.encode` on the
 texts or bytes of the same units, so on the same batches, in one process with one thread. Both run
 in turn, several times, against one warm local Ray with one worker; medians count. The ratios are
 what carries over to other machines; that of seconds is of use on an idle machine alone, those of
@@ -25,6 +27,7 @@ from infra.bench.measure import Watch, cpu_seconds, in_turn, keep, rates, ratio,
 from pipelines.cluster import cluster
 from pipelines.config import RunConfig, to_record
 from pipelines.data.manifest import Document, Manifest
+from pipelines.data.shards import find_shards
 from pipelines.data.vocabulary_training import train_vocabulary
 from pipelines.recipes import RECIPES, recipe
 from pipelines.run import index
@@ -40,12 +43,15 @@ def main() -> None:
     parser.add_argument("data", nargs="+")
     parser.add_argument("--recipe", default="text-mini", choices=RECIPES)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, cluster("", 1, verbose=False):
-        job = make_job(recipe(given.recipe), given.data, Path(folder))
+        data = copied(given.data, given.copies, Path(folder))
+        job = make_job(recipe(given.recipe), data, Path(folder))
         result = measure(job, given.repeats)
-    keep(f"embed_{given.recipe}", {"encoder": given.recipe, **result})
+    told = {"encoder": given.recipe, "copies": given.copies}
+    keep(f"embed_{given.recipe}", {**told, **result})
 
 
 def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
@@ -92,6 +98,17 @@ def measure(job: EmbedJob, repeats: int) -> dict[str, Any]:
         "workers_to_bare_cpu_ratio": ratio(workers_cpu, bare_cpu),
         "all_processes_to_bare_cpu_ratio": ratio(all_cpu, bare_cpu),
     }
+
+
+def copied(data: list[str], copies: int, folder: Path) -> list[str]:
+    """Return shards that hold those of DATA so many times over."""
+    if copies == 1:
+        return data
+    (folder / "shards").mkdir()
+    for copy in range(copies):
+        for file in find_shards(data):
+            shutil.copy(file.name, folder / "shards" / f"{copy:03d}-{Path(file.name).name}")
+    return [str(folder / "shards")]
 
 
 def make_job(config: RunConfig, data: list[str], folder: Path) -> EmbedJob:

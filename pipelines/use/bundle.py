@@ -63,6 +63,15 @@ def write_bundle(
     write_folder(directory, fill)
 
 
+def tells(directory: Path, told: dict[str, Any]) -> bool:
+    """Return whether a bundle is there whose lineage says all of this."""
+    try:
+        lineage = json.loads((directory / "lineage.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(lineage, dict) and told.items() <= lineage.items()
+
+
 def verify_bundle(directory: Path) -> dict[str, Any]:
     """Return the manifest, if the directory holds exactly the bytes that it names.
 

@@ -42,15 +42,19 @@ class Shown(NamedTuple):
 
     folder: str
     paths: list[Path]
+    missing: str = ""
+    """Why there are none."""
 
 
-def evaluate_run(objective: Objective, run: Run) -> Evaluation | ImageEvaluation:
-    """Return the figures of an objective on what a run has held out.
+def evaluate_run(
+    objective: Objective, run: Run, data: Manifest | None = None
+) -> Evaluation | ImageEvaluation:
+    """Return the figures of an objective on what a run has held out, or on all of other data.
 
     Raises:
         NothingHeldOutError: If that is nothing.
     """
-    return (evaluate if run.pieces else evaluate_images)(objective, run)
+    return (evaluate if run.pieces else evaluate_images)(objective, run, data)
 
 
 def show_run(objective: Objective, run: Run, step: int | None = None) -> Shown:
@@ -113,6 +117,8 @@ class CommitFigures:
         task, self._task = self._task, None
         try:
             metrics, shown = ray.get(task)
+            if shown.missing:
+                self._tell(f"shows nothing ({shown.missing})")
             for path in shown.paths:  # first: with its point in the spool a commit counts as done
                 self._log(path, shown.folder)
             writer = SpoolWriter(self._run.dir / "spool" / COMMITS_FILE)
@@ -154,4 +160,7 @@ def _measure(run: Run, commit: Commit) -> tuple[dict[str, float], Shown]:
         f"commit/{name.removeprefix('heldout/')}": value
         for name, value in evaluate_run(objective, run).metrics().items()
     }
-    return metrics, show_run(objective, run, commit.step)
+    try:
+        return metrics, show_run(objective, run, commit.step)
+    except Exception as error:  # the figures are there all the same
+        return metrics, Shown("", [], brief(error))

@@ -4,13 +4,16 @@ Text: rows are cut, paired and masked once, as for the champion, and both models
 Pictures: the heads that a loss needs are no part of a model that was handed over, so what is scored
 is what every encoder gives: can one view of a picture be told by another view of it?
 
+Labels, where there are some, tell what features are worth whatever a model was trained by: they
+come first (`compare_labels.py`), and beside them models are compared that have less in common.
+
 Without a champion, the candidate is compared with what knows nothing.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +26,8 @@ from pipelines.data.manifest import Manifest, Picture
 from pipelines.data.text import TextRows
 from pipelines.errors import UserError
 from pipelines.use.baselines import Floats, unigram_loss
-from pipelines.use.comparison import MIN_ITEMS, Comparison
+from pipelines.use.compare_labels import compare_labels
+from pipelines.use.comparison import MIN_ITEMS, Compared, Comparison
 from pipelines.use.encoder import ROWS_PER_BATCH, Encoder
 from pipelines.use.evaluate import MAX_DOCUMENTS, Measured, measure, text_config
 from pipelines.use.evaluate_images import MAX_PICTURES
@@ -33,17 +37,10 @@ GALLERY = 256
 """Pictures among which the other view of one is looked for."""
 
 
-class Compared(NamedTuple):
-    """What two models were scored on."""
-
-    comparisons: list[Comparison]
-    """The first is the one that a superior candidate has to win."""
-    notes: list[str]
-    """What a reader of the scores has to know."""
-
-
-def compare(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Compared:
-    """Return the scores of two models, or of one and of what knows nothing.
+def compare(
+    candidate: Encoder, champion: Encoder | None, data: Manifest, labels: str = ""
+) -> Compared:
+    """Return the scores of two models, or of one and of what knows nothing; first those of labels.
 
     Raises:
         UserError: If the models cannot be compared.
@@ -57,9 +54,24 @@ def compare(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Com
             f"the candidate is of {candidate.modality}, the champion of {champion.modality}: "
             "register it under another name"
         )
-    if candidate.modality == "images":
-        return _compare_images(candidate, champion, data)
-    return _compare_text(candidate, champion, data)
+    score = _compare_images if candidate.modality == "images" else _compare_text
+    if not labels:
+        return score(candidate, champion, data)
+    told = compare_labels(candidate, champion, data, labels)
+    if champion and (reason := _apart(candidate, champion)):
+        return told._replace(notes=[*told.notes, f"compared by labels alone: {reason}"])
+    own = score(candidate, champion, data)
+    return Compared([*told.comparisons, *own.comparisons], [*told.notes, *own.notes])
+
+
+def _apart(candidate: Encoder, champion: Encoder) -> str:
+    """Return why only labels are a fair comparison of two models; empty if others are, too."""
+    mine, other = (encoder.config["objective"]["kind"] for encoder in (candidate, champion))
+    if mine != other:
+        return f"the candidate was trained as {mine}, the champion as {other}"
+    if candidate.pieces and champion.vocabulary.json != candidate.vocabulary.json:
+        return "the tokenizers differ"
+    return ""
 
 
 def _compare_text(candidate: Encoder, champion: Encoder | None, data: Manifest) -> Compared:
@@ -73,7 +85,7 @@ def _compare_text(candidate: Encoder, champion: Encoder | None, data: Manifest) 
         raise UserError(
             "candidate and champion have different tokenizers, so their losses are of different "
             "tokens: start the candidate from the champion with --init-from, or compare the two "
-            "on a task of yours and move the alias in MLflow"
+            "by --labels"
         )
     encoders = [encoder for encoder in (candidate, champion) if encoder]
     rows = replace(config, max_length=min(encoder.max_tokens for encoder in encoders))

@@ -6,7 +6,7 @@ thing it has measured; `judge` says what the gate makes of them. Nothing here kn
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,15 @@ class Comparison:
             return float("nan"), float("nan")
         group = np.arange(len(gain)) % GROUPS
         return bootstrap(np.bincount(group, gain), np.bincount(group, self.weight))
+
+
+class Compared(NamedTuple):
+    """What two models were scored on."""
+
+    comparisons: list[Comparison]
+    """The first is the one that a superior candidate has to win."""
+    notes: list[str]
+    """What a reader of the scores has to know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +123,11 @@ def judge(comparisons: Sequence[Comparison], bounds: Sequence[float]) -> list[Fi
 
 def findings_table(findings: Sequence[Finding], against: str) -> str:
     """Return findings in columns for people."""
-    head = ("", "candidate", against, "difference", "95 % interval", "to be above", "")
+    head = ("", "items", "candidate", against, "difference", "95 % interval", "to be above", "")
     rows = [
         (
             found.name,
+            str(found.items),
             f"{found.candidate:.4f}",
             f"{found.reference:.4f}",
             f"{found.difference:+.4f}",

@@ -36,6 +36,9 @@ PREFIX = "rayssl."
 """Of the keys in the schema of a file."""
 QUARANTINED = f"{PREFIX}quarantined"
 """The key, in files of pictures alone, of those that have no embedding."""
+UNITS_PER_CORPUS = 64
+MAX_UNIT_BYTES = 64 * 1024 * 1024
+"""Of raw data, all of which is held; smaller units would be too many files of a large corpus."""
 TASKS_PER_WORKER = 16
 """More tasks cost Ray's time where units are small, fewer leave workers idle at the end."""
 NAMES = pa.schema({"id": pa.string(), "shard": pa.string(), "record": pa.int64()})
@@ -82,13 +85,15 @@ class EmbedJob:
 
     @cached_property
     def units(self) -> list[range]:
-        """The blocks of each unit: consecutive ones, of the size of one large block at least."""
+        """The blocks of each unit: consecutive ones, so many that units are few and not small."""
         found: list[range] = []
         first = num_bytes = 0
         blocks = self.manifest.blocks
+        share = sum(block.bytes for block in blocks) // UNITS_PER_CORPUS
+        enough = max(self.manifest.block_bytes, min(share, MAX_UNIT_BYTES))
         for number, block in enumerate(blocks):
             num_bytes += block.bytes
-            if num_bytes >= self.manifest.block_bytes or number + 1 == len(blocks):
+            if num_bytes >= enough or number + 1 == len(blocks):
                 found.append(range(first, number + 1))
                 first, num_bytes = number + 1, 0
         return found

@@ -132,7 +132,7 @@ class Encoder:
     def _batches(self, items: Sequence[Any]) -> Iterator[tuple[Sequence[int], list[Any]]]:
         """Yield the places of items that share a batch, and their rows."""
         if self.pieces:
-            rows = self._text_rows(items)
+            rows = self.first_ids(items, self.max_tokens - 2)  # [CLS] and [SEP] are two
             by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
             for alike in _parts(by_length):
                 yield alike, [rows[i] for i in alike]
@@ -140,12 +140,6 @@ class Encoder:
         maker = self.image_rows
         for places in _parts(range(len(items))):  # of pixels only those of a batch are held
             yield places, [maker.plain(items[i]) for i in places]
-
-    def _text_rows(self, texts: Sequence[Any]) -> list[list[int]]:
-        return [
-            [self.vocabulary.cls, *ids.tolist(), self.vocabulary.sep]
-            for ids in self.first_ids(texts, self.max_tokens - 2)
-        ]
 
     def first_ids(self, texts: Sequence[str], limit: int) -> list[NDArray[Any]]:
         """Return the first `limit` ids of each text, without tokenising all of a long one.
@@ -165,12 +159,14 @@ class Encoder:
         device = next(self.objective.parameters()).device
         if not self.pieces:
             return {"image": torch.from_numpy(np.stack(rows)).to(device)}
-        shape = len(rows), max(len(row) for row in rows)
+        shape = len(rows), max(len(row) for row in rows) + 2
         input_ids = torch.full(shape, self.vocabulary.pad)
         attention_mask = torch.zeros(shape, dtype=torch.bool)
+        input_ids[:, 0] = self.vocabulary.cls
         for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            attention_mask[i, : len(row)] = True
+            input_ids[i, 1 : len(row) + 1] = torch.from_numpy(row.astype(np.int64))
+            input_ids[i, len(row) + 1] = self.vocabulary.sep
+            attention_mask[i, : len(row) + 2] = True
         return {
             "input_ids": input_ids.to(device),
             "token_type_ids": torch.zeros_like(input_ids, device=device),

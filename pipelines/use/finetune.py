@@ -40,7 +40,7 @@ from pipelines.pretrain import (
 from pipelines.storage import held, write_file, write_folder, write_json
 from pipelines.training.lineage import code_version
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker
-from pipelines.use.bundle import write_bundle
+from pipelines.use.bundle import tells, write_bundle
 from pipelines.use.classification_figures import ClassificationFigures, figures
 from pipelines.use.classifier import probabilities
 from pipelines.use.fit import FitTask, Fitted, fit
@@ -87,8 +87,6 @@ def finetune(asked: "Finetune") -> dict[str, Any]:
         if made.get("tracking_uri") == asked.tracking_uri:
             say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
             return made
-        if made:  # its lineage tells of a run in another store
-            shutil.rmtree(run_dir / "bundle", ignore_errors=True)
         say(f"{data.line()}; {task.schedule.steps} steps at most, in {run_dir}")
         tracker = Tracker(run_dir, asked.tracking_uri, asked.experiment, key, asked.name)
         tracker.start()
@@ -238,7 +236,8 @@ def _finish(task: FitTask, fitted: Fitted, place: _Place) -> dict[str, Any]:
         tracker.log_artifact(run_dir / name, "finetune")
     tracker.log_final_metrics(found.metrics(), fitted.steps_made)
     run_id = tracker.wait_for_run_id(REGISTRY_TIMEOUT_SECONDS)
-    if not (run_dir / "bundle").exists():
+    if not tells(run_dir / "bundle", {"mlflow_run": run_id}):  # nor one for another store
+        shutil.rmtree(run_dir / "bundle", ignore_errors=True)
         _write_bundle(task, fitted, found, place)
     name = register_name(asked, origin.model)
     tags = {

@@ -23,7 +23,8 @@ class GateConfig:
 
     labels: str = ""
     """Field of --data that holds a label: how well a linear probe tells it from frozen features is
-    compared, too. It learns from one half of --data and is asked for the other."""
+    compared first, and alone where models have too little in common. The probe learns from one half
+    of --data and is asked for the other."""
 
     def __post_init__(self) -> None:
         for name in ("margin", "gain"):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipelines.cluster import parallel_map
 from pipelines.data.fields import field_of_each
 from pipelines.data.images import ImageRows
-from pipelines.data.manifest import Manifest, Split
+from pipelines.data.manifest import Document, Manifest, Split
 from pipelines.data.randomness import Words64
 from pipelines.data.shards import Rejected
 from pipelines.data.spans import Ints
@@ -54,6 +54,10 @@ class Items:
 
     def __len__(self) -> int:
         return len(self.record)
+
+    def distinct(self) -> "Items":
+        """Return the first of each content: copies are no items of their own."""
+        return self.take(np.sort(np.unique(self.content, return_index=True)[1]))
 
     def take(self, places: NDArray[Any]) -> "Items":
         """Return those at some places, or where a mask has them."""
@@ -106,9 +110,7 @@ def embedded(items: Items, encoders: list[Encoder]) -> Embedded:
         DataError: If a shard has changed since it was indexed.
     """
     told = ray.put((items.part, encoders))
-    numbers, starts = np.unique(items.block, return_index=True)
-    wanted = list(zip(numbers.tolist(), np.split(items.record, starts[1:]), strict=True))
-    found = parallel_map(partial(_features, told), wanted)
+    found = parallel_map(partial(_features, told), _by_block(items))
     readable = np.concatenate([readable for readable, _, _ in found])
     raws = [raw for _, raw, _ in found]
     return Embedded(
@@ -117,6 +119,20 @@ def embedded(items: Items, encoders: list[Encoder]) -> Embedded:
         features=np.concatenate([features for _, _, features in found], axis=1),
         num_unreadable=int((~readable).sum()),
     )
+
+
+def readable_features(
+    items: Items, encoder: Encoder
+) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """Return which items an encoder can read, and its features (items, width), zeros for others.
+
+    Raises:
+        DataError: If a shard has changed since it was indexed.
+    """
+    told = ray.put((items.part, encoder))
+    found = parallel_map(partial(_readable_features, told), _by_block(items))
+    readable, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return readable, features
 
 
 class _Row(NamedTuple):
@@ -146,16 +162,13 @@ def _features(
     told: "ray.ObjectRef[tuple[Part, list[Encoder]]]", wanted: tuple[int, Ints]
 ) -> tuple[NDArray[np.bool_], Any, NDArray[np.float32]]:
     """Return which of the wanted records of a block can be read, and of those raw and features."""
-    (manifest, split), encoders = _fetch(told)
-    number, records = wanted
-    found = {item.record: item for item in manifest.read(number, split)}
-    items = [found[record] for record in records.tolist()]
+    part, encoders = _fetch(told)
+    data = _contents(part, *wanted)
     if encoders[0].pieces:
-        data: list[Any] = [item.text for item in items]
         readable = [True] * len(data)
         raw: Any = [text[:RAW_CHARS] for text in data]
     else:
-        data, maker = [item.data for item in items], raw_pixels(encoders[0].image_rows)
+        maker = raw_pixels(encoders[0].image_rows)
         pixels = [maker.plain(picture) for picture in data]
         readable = [not isinstance(made, Rejected) for made in pixels]
         data = [picture for picture, is_read in zip(data, readable, strict=True) if is_read]
@@ -163,6 +176,27 @@ def _features(
         raw = np.array(rows, dtype=np.uint8).reshape(len(rows), int(np.prod(maker.shape)))
     features = np.stack([encoder.encode(data) for encoder in encoders])
     return np.array(readable), raw, features
+
+
+def _readable_features(
+    told: "ray.ObjectRef[tuple[Part, Encoder]]", wanted: tuple[int, Ints]
+) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    part, encoder = _fetch(told)
+    features, reasons = encoder.encode_readable(_contents(part, *wanted))
+    return np.array([place not in reasons for place in range(len(features))]), features
+
+
+def _by_block(items: Items) -> list[tuple[int, Ints]]:
+    """Return the records that are wanted of each block."""
+    numbers, starts = np.unique(items.block, return_index=True)
+    return list(zip(numbers.tolist(), np.split(items.record, starts[1:]), strict=True))
+
+
+def _contents(part: Part, number: int, records: Ints) -> list[Any]:
+    """Return the texts, or the bytes of the pictures, of records of a block."""
+    found = {item.record: item for item in part.manifest.read(number, part.split)}
+    items = [found[record] for record in records.tolist()]
+    return [item.text if isinstance(item, Document) else item.data for item in items]
 
 
 def raw_pixels(maker: ImageRows) -> ImageRows:

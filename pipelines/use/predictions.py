@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipelines.data.manifest import Split
@@ -20,7 +21,7 @@ from ssl_models.objective import Batch, Objective
 DOCUMENTS, CHARACTERS = 8, 4000
 """Of so many documents, and so much of each, rows are made."""
 ROWS = 8
-"""Of them, whose masked tokens are shown."""
+"""From all of them, whose masked tokens are shown."""
 GUESSES = 3
 COLUMNS = (
     *("row", "text", "place", "token", "probability", "entropy"),
@@ -44,7 +45,9 @@ def write_predictions(objective: Objective, run: Run, folder: Path) -> list[Path
     split: Split = "heldout" if run.manifest.records_where("heldout") else "training"
     held = islice(Held(run.manifest, split, DOCUMENTS).items(), DOCUMENTS)
     documents = [document._replace(text=document.text[:CHARACTERS]) for document in held]
-    rows = maker.rows(documents, seed=SEED, order=0).slice(0, ROWS).combine_chunks()
+    rows = maker.rows(documents, seed=SEED, order=0)
+    places = np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).astype(int)
+    rows = rows.take(places).combine_chunks()
     batch = {name: torch.from_numpy(array) for name, array in maker.collate(rows).items()}
     out = io.StringIO()
     lines = _told(objective, batch, run.vocabulary)

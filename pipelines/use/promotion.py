@@ -23,7 +23,6 @@ from pipelines.data.manifest import Manifest
 from pipelines.errors import UserError, brief
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import TrackingError
-from pipelines.use.compare_labels import compare_labels
 from pipelines.use.compare_models import compare
 from pipelines.use.comparison import Finding, findings_table, judge
 from pipelines.use.encoder import Encoder
@@ -141,12 +140,9 @@ def judge_pair(
         DataError: If there is too little data.
     """
     candidate, champion = encoders
-    compared = compare(candidate, champion, data)
-    comparisons = list(compared.comparisons)
-    if gate.labels:
-        comparisons.append(compare_labels(candidate, champion, data, gate.labels))
-    bounds = gate.bounds(len(comparisons)) if champion else [0.0] * len(comparisons)
-    findings = judge(comparisons, bounds)
+    compared = compare(candidate, champion, data, gate.labels)
+    count = len(compared.comparisons)
+    findings = judge(compared.comparisons, gate.bounds(count) if champion else [0.0] * count)
     seen = [
         note
         for version in (pair.candidate, pair.champion)
