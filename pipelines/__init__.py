@@ -36,3 +36,5 @@
 of them is trained on, `use/verify.py` makes the batches anew and compares, and `cli.py`
 is the command. Raw data and everything random are addressed, so all of it can be repeated.
 """
+
+VERSION = "0.1.0"

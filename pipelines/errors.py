@@ -31,6 +31,12 @@ class StorageError(UserError):
     exit_code = 75
 
 
+class TrackingError(UserError):
+    """MLflow did not answer where an answer was needed; exit code 75: try again later."""
+
+    exit_code = 75
+
+
 class OutageError(StorageError):
     """Raw data cannot be read for now; exit code 75, and training is tried again by itself."""
 

@@ -19,20 +19,22 @@ import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig
 
-from pipelines.cluster import causes, cluster, unwrap
+from pipelines.cluster import ClusterError, causes, cluster, unwrap
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.console import Progress, say
-from pipelines.errors import OutageError, TrainingError, UserError, brief
+from pipelines.errors import OutageError, TrainingError, UserError
 from pipelines.run import Run, locked, open_run
 from pipelines.storage import write_json
 from pipelines.training.checkpoint import Commit, CommitLog
 from pipelines.training.feed import PlannedDataConfig
 from pipelines.training.lineage import code_version, dataset_of, submission_id
 from pipelines.training.loop import Job, load_objective, train_worker
+from pipelines.training.mlflow_client import answered
 from pipelines.training.spool import read_spool
-from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError
+from pipelines.training.tracking import RUN_KEY_TAG, Tracker, is_finished
 from pipelines.use.bundle import tells, write_bundle
 from pipelines.use.card import model_card
 from pipelines.use.commit_figures import CommitFigures, evaluate_run, show_run
@@ -72,14 +74,18 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         locked(config) as run_dir,
         cluster(config.address, config.workers + CPUS_FOR_DATA, verbose=config.verbose),
     ):
+        _refuse_few_gpus(config)
         run = open_run(config, run_dir)
         describe(run)
+        if (made := _made(run)) and is_finished(run_dir):
+            say(_registered_line(made))
+            return made
         tracker = start_tracking(run)
         status: Any = "FAILED"
         try:
             figures = CommitFigures(run, tracker.log_artifact)
             train(run, update=figures.update)
-            if _account(run) is None:  # or nothing is new to be waited for
+            if _made(run) is None:  # or nothing is new to be waited for
                 figures.close()
             account = finish(run, tracker)
             status = "FINISHED"
@@ -90,6 +96,20 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
             if not tracker.close(status, REGISTRY_TIMEOUT_SECONDS if status == "FINISHED" else 5):
                 say(f"MLflow has not taken everything; what waits is in {run_dir}")
     return account
+
+
+def _refuse_few_gpus(config: RunConfig) -> None:
+    """See that each worker can have the GPU that it is to have.
+
+    Raises:
+        ClusterError: If it cannot.
+    """
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and found < config.workers:
+        raise ClusterError(
+            f"--device cuda takes a GPU for each of {config.workers} workers, and the cluster has "
+            f"{found}: add nodes with GPUs, ask for fewer --workers, or leave --device out"
+        )
 
 
 def train(run: Run, worker: Any = train_worker, update: Callable[[], None] = lambda: None) -> None:
@@ -126,13 +146,11 @@ def train(run: Run, worker: Any = train_worker, update: Callable[[], None] = lam
 
 def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     """Evaluate, register and report a run whose steps have all been made, each once."""
+    if made := _made(run):
+        say(_registered_line(made))
+        return made
     commit, _ = run.log.newest_whole()
     assert commit is not None
-    if made := _account(run):
-        same = made.get("handed_over") == _handed_over(run.config)
-        if same and made["digest"] == commit.digest:
-            say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
-            return made
     objective = load_objective(run)
     evaluation = evaluate_heldout(objective, run)
     figures, metrics = (evaluation.lines(), evaluation.metrics()) if evaluation else ([], {})
@@ -179,10 +197,18 @@ def evaluate_heldout(objective: Objective, run: Run) -> Evaluation | ImageEvalua
         return None
 
 
-def _account(run: Run) -> dict[str, Any] | None:
-    """Return what a run was handed over as, or None if it was not yet."""
-    path = run.dir / "account.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _made(run: Run) -> dict[str, Any] | None:
+    """Return the account of a run that has made its steps and was handed over as it now asks."""
+    path, commit = run.dir / "account.json", run.log.newest_whole()[0]
+    if not path.exists() or commit is None or commit.step < run.config.steps:
+        return None
+    account: dict[str, Any] = json.loads(path.read_text())
+    is_this = account["digest"] == commit.digest
+    return account if is_this and account.get("handed_over") == _handed_over(run.config) else None
+
+
+def _registered_line(account: dict[str, Any]) -> str:
+    return f"{account['registered']} is registered; MLflow run {account['mlflow_run']}"
 
 
 def _handed_over(config: RunConfig) -> dict[str, str]:
@@ -235,15 +261,8 @@ def register_bundle(
     Raises:
         TrackingError: If MLflow does not, for now.
     """
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with answered(tracking_uri, f"{folder} is whole: the same command registers it later"):
         return register(folder, tracking_uri=tracking_uri, run_id=run_id, name=name, tags=tags)
-    except MlflowException as error:
-        raise TrackingError(
-            f"MLflow at {tracking_uri} did not register {folder} ({brief(error)}); "
-            "the bundle is whole: the same command registers it later"
-        ) from error
 
 
 def _version_tags(run: Run, lineage: dict[str, Any]) -> dict[str, str]:
@@ -319,13 +338,23 @@ def _attempt(run: Run, worker: Any, update: Callable[[], None]) -> str | None:
 
 
 def followed(function: Callable[[], object], *updates: Callable[[], None]) -> BaseException | None:
-    """Call updates until a function has ended, and return what it raised, if it did."""
+    """Call updates until a function has ended, and return what it raised, if it did.
+
+    Raises:
+        ClusterError: If there was no room for the workers.
+    """
     done = _in_thread(function)
     while not done.done():
         for update in updates:
             update()
         time.sleep(0.5)
-    return done.exception()
+    error = done.exception()
+    if error and isinstance(innermost(error), WorkerGroupStartupTimeoutError):
+        raise ClusterError(
+            "the cluster has not given the workers their CPUs and GPUs in time: others hold them; "
+            "try again later, or ask for fewer --workers"
+        ) from error
+    return error
 
 
 def _fit(run: Run, worker: Any) -> None:
@@ -366,13 +395,18 @@ def _in_thread(function: Callable[[], object]) -> Future[object]:
     return future
 
 
+def innermost(error: BaseException) -> BaseException:
+    """Return the innermost of the errors that one of Ray's tells of."""
+    while found := causes(error):
+        error = found[0]
+    return error
+
+
 def root_cause(error: BaseException) -> str:
-    """Return the innermost of the errors that one of Ray's tells of, in a line."""
-    innermost = error
-    while found := causes(innermost):
-        innermost = found[0]
-    said = str(innermost).strip().splitlines()[-1:]  # an assertion may say nothing
-    return ": ".join([type(innermost).__name__, *said])
+    """Return the innermost error, in a line."""
+    found = innermost(error)
+    said = str(found).strip().splitlines()[-1:]  # an assertion may say nothing
+    return ": ".join([type(found).__name__, *said])
 
 
 def _curves(run: Run) -> list[str]:

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pipelines.data.filesystems import holds_secret
 from pipelines.errors import UserError
+from pipelines.training.mlflow_client import SECRET_IN_URI
 from pipelines.use.finetune_config import FinetuneConfig, LabelledData
 from pipelines.verbs import Address, Model
 
@@ -41,6 +43,8 @@ class Finetune:
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
+        if holds_secret(self.tracking_uri):
+            raise UserError(SECRET_IN_URI)
         if not 1 <= self.workers <= self.training.slots:
             raise UserError(
                 f"workers must be in 1..{self.training.slots}, the slots, got {self.workers}"

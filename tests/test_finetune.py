@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,9 +21,8 @@ from safetensors.torch import load_file
 from pipelines.cli import main
 from pipelines.data.manifest import content_hash
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError, TrackingError, UserError
 from pipelines.training.mlflow_client import open_client
-from pipelines.training.tracking import TrackingError
 from pipelines.use.bundle import manifest_sha256, verify_bundle
 from pipelines.use.compare_models import compare
 from pipelines.use.fill_mask import fill_mask
@@ -227,6 +227,19 @@ def test_what_was_registered_elsewhere_is_registered_here_too(
     assert load_classifier(account["registered"], elsewhere).classes
     assert json.loads((bundle / "lineage.json").read_text())["mlflow_run"] == account["mlflow_run"]
     call(finished.asked)  # as the other tests know it
+
+
+def test_a_run_that_is_made_anew_is_another_run_of_mlflow(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Its points would stand beside those of the first."""
+    kept = finished.dir.rename(tmp_path / "kept")
+    account, _ = call(replace(finished.asked, tracking_uri=f"sqlite:///{tmp_path}/other.db"))
+    keys = [json.loads((d / "finetune.json").read_text())["key"] for d in (kept, finished.dir)]
+    assert keys[0] != keys[1]
+    assert account["evaluation"] == finished.account["evaluation"]
+    shutil.rmtree(finished.dir)
+    kept.rename(finished.dir)
 
 
 def test_a_name_is_no_path_and_not_that_of_a_pretraining(finished: Finished) -> None:

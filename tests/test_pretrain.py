@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pipelines.cli import main
+from pipelines.cluster import ClusterError
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.data.indexing import build
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import UserError
-from pipelines.pretrain import pretrain, root_cause
+from pipelines.pretrain import followed, pretrain, root_cause
 from pipelines.recipes import recipe
 from pipelines.run import load_run
 from pipelines.training.mlflow_client import open_client
@@ -245,7 +247,6 @@ def test_the_candidate_knows_how_its_rows_were_made(finished: Finished) -> None:
 
 def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
     assert finished.again == finished.account
-    assert "all 20 steps have been made" in finished.said_again
     assert finished.said_again[-1].startswith("models:/topics/1 is registered; MLflow run ")
     assert not [line for line in finished.said_again if "held-out" in line]
     assert not [line for line in finished.said_again if line.startswith("training from")]
@@ -254,9 +255,35 @@ def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
     assert len(finished.client.search_model_versions("name = 'topics'")) == 1
 
 
+def test_the_same_command_again_leaves_the_mlflow_run_as_it_was(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code, its workers and its time are those of the training."""
+    (before,) = mlflow_runs(finished)
+    monkeypatch.setenv("RAYSSL_GIT_COMMIT", "another")
+    account, _ = call(replace(finished.config, workers=1))
+    (after,) = mlflow_runs(finished)
+    assert account == finished.account
+    assert after.to_dictionary() == before.to_dictionary()
+
+
 def test_final_figures_are_logged_once_however_often_it_is_called(finished: Finished) -> None:
     history = finished.client.get_metric_history(finished.account["mlflow_run"], "heldout/mlm_loss")
     assert [point.step for point in history] == [20]
+
+
+def test_workers_without_room_are_for_later_and_no_failure_of_the_training() -> None:
+    def without_room() -> None:
+        raise WorkerGroupStartupTimeoutError(2)
+
+    with pytest.raises(ClusterError, match="others hold them; try again later") as refused:
+        followed(without_room)
+    assert refused.value.exit_code == 75
+
+
+def test_gpus_that_are_not_there_are_missed_at_once(finished: Finished) -> None:
+    with pytest.raises(ClusterError, match="a GPU for each of 2 workers, and the cluster has 0"):
+        call(replace(finished.config, device="cuda", name="other"))
 
 
 def test_an_error_without_a_message_is_told_by_its_name() -> None:

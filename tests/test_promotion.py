@@ -21,10 +21,9 @@ from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.text import TextRows
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.data.vocabulary_training import train_vocabulary
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError, TrackingError, UserError
 from pipelines.recipes import recipe
 from pipelines.training.mlflow_client import open_client
-from pipelines.training.tracking import TrackingError
 from pipelines.use.bundle import BundleError, write_bundle
 from pipelines.use.compare_models import compare
 from pipelines.use.evaluate import MAX_DOCUMENTS, measure

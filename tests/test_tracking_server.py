@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,17 +17,18 @@ import torch
 
 from pipelines.data.indexing import build
 from pipelines.data.shards import SourceConfig, find_shards
+from pipelines.errors import TrackingError
 from pipelines.run import load_run
 from pipelines.training.checkpoint import CommitLog
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.spool import read_spool
-from pipelines.training.tracking import RUN_KEY_TAG, Tracker, TrackingError
+from pipelines.training.tracking import RUN_KEY_TAG, Tracker
 from pipelines.use.bundle import BundleError, write_bundle
 from pipelines.use.gate_config import GateConfig
 from pipelines.use.promotion import judge_pair, open_pair, pin_pair, settle
 from pipelines.use.registry import load_encoder, register
 from pipelines.use.verify import verify
-from tests.command import Command, command
+from tests.command import PATIENCE_SECONDS, Command, command
 from tests.corpus import serial_map, write_corpus
 from tests.servers import BUCKET, PASSWORD, USER, MlflowServer, postgres, s3, s3_client
 
@@ -300,8 +303,13 @@ def test_a_wrong_password_blocks_nobody_and_the_right_one_loses_nothing(
         wrong.setenv("MLFLOW_TRACKING_PASSWORD", "guessed")
         refused = tracker()
         refused.set_tags({"who": "me"})
-        with pytest.raises(TrackingError, match=r"gave no run .* 401 .*check the tracking URI"):
-            refused.wait_for_run_id(5)
+        with pytest.raises(TrackingError) as told:
+            refused.wait_for_run_id(0)
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while " 401 " not in str(told.value) and time.monotonic() < give_up:
+            with pytest.raises(TrackingError) as told:
+                refused.wait_for_run_id(0.5)
+        assert re.search(r"gave no run .* 401 .*check the tracking URI", str(told.value))
         assert not refused.close("FINISHED", 5)
     (warned,) = caplog.messages
     assert "guessed" not in warned

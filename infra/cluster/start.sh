@@ -14,6 +14,8 @@
 set -euo pipefail
 : "${1:?usage: infra/cluster/start.sh head|HEAD:PORT [flags of ray start]}"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# `ray job stop` kills after so many seconds, 3 by default: a run that ends in order takes longer.
+export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-30}
 first=${FIRST_PORT:-6379}
 role=(--address "$1")
 if [ "$1" = head ]; then

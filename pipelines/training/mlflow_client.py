@@ -5,11 +5,12 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.filesystems import holds_secret
-from pipelines.errors import UserError
+from pipelines.errors import TrackingError, UserError, brief
 
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its own 7 retries block for minutes
@@ -49,6 +50,24 @@ def open_client(tracking_uri: str) -> Any:
     if path is not None and not path.exists():
         _create_sqlite(path)
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+@contextlib.contextmanager
+def answered(tracking_uri: str, advice: str) -> Iterator[Any]:
+    """Give an `MlflowClient`, and say in one line where MLflow, or its store of artifacts, fails.
+
+    Raises:
+        TrackingError: If anything but an error of ours is raised: stores raise of all kinds.
+    """
+    client = open_client(tracking_uri)
+    try:
+        yield client
+    except UserError:
+        raise
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow at {tracking_uri}: {type(error).__name__}: {brief(error)}; {advice}"
+        ) from error
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:

@@ -17,9 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pipelines.errors import UserError, brief
+from pipelines.data.filesystems import holds_secret
+from pipelines.errors import TrackingError, UserError, brief
+from pipelines.storage import writing
 from pipelines.training.lineage import Dataset
-from pipelines.training.mlflow_client import open_client, sqlite_path
+from pipelines.training.mlflow_client import SECRET_IN_URI, open_client, sqlite_path
 from pipelines.training.spool import SpoolRecord, SpoolWriter, read_spool
 
 logger = logging.getLogger(__name__)
@@ -33,15 +35,10 @@ LONGEST_WAIT_SECONDS = 60.0
 CLOSING_WAIT_SECONDS = 1.0
 MAX_METRICS_PER_BATCH = 1000  # what MLflow takes in one request
 MAX_PARAM_CHARACTERS = 6000  # MLflow cuts longer values without a word
+STATE_FILE = "tracking.json"
 FINAL_FILE = "final.jsonl"  # of the driver; sorts behind the numbered attempts
 COMMITS_FILE = "commits.jsonl"
 """Of the driver: held-out figures of commits, which MLflow also keeps by commit and data."""
-
-
-class TrackingError(UserError):
-    """MLflow did not answer where an answer was needed; exit code 75: try again later."""
-
-    exit_code = 75
 
 
 def _chunks(records: list[SpoolRecord]) -> Iterator[list[SpoolRecord]]:
@@ -92,21 +89,33 @@ class _State:
     marks: _Marks = field(default_factory=_Marks)
     outbox: list[dict[str, Any]] = field(default_factory=list)
     """Params, tags and artifacts that wait, oldest first."""
+    is_finished: bool = False
+    """Whether all was sent, with the status of a run that is done."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read the file; one that is absent or broken counts as empty."""
         try:
             fields = json.loads(path.read_text())
-            return cls(_Marks(**fields["marks"]), fields["outbox"])
+            return cls(_Marks(**fields["marks"]), fields["outbox"], fields["is_finished"])
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
     def save(self, path: Path) -> None:
-        """Replace the file in one step."""
+        """Replace the file in one step.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(path)
+        with writing(path):
+            partial.write_text(json.dumps(asdict(self)))
+            partial.replace(path)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Return whether MLflow has all of a run that is done."""
+    return _State.load(run_dir / STATE_FILE).is_finished
 
 
 class Tracker:
@@ -119,11 +128,13 @@ class Tracker:
     def __init__(
         self, run_dir: Path, tracking_uri: str, experiment: str, run_key: str, run_name: str
     ) -> None:
+        if holds_secret(tracking_uri):
+            raise UserError(SECRET_IN_URI)
         if "'" in run_key:
             raise ValueError(f"run_key {run_key!r} has a quote, which MLflow cannot search for")
         run_dir.mkdir(parents=True, exist_ok=True)
         self._spool_dir = run_dir / "spool"
-        self._state_path = run_dir / "tracking.json"
+        self._state_path = run_dir / STATE_FILE
         self._state = _State.load(self._state_path)
         self._tracking_uri = tracking_uri
         self._experiment = experiment
@@ -196,6 +207,7 @@ class Tracker:
 
     def _queue(self, **entry: Any) -> None:
         with self._lock:
+            self._state.is_finished = False
             self._state.outbox.append(entry)
             self._state.save(self._state_path)
 
@@ -220,7 +232,8 @@ class Tracker:
                 self._abandoned.wait(CLOSING_WAIT_SECONDS)
 
     def _note(self, error: Exception, *, is_first: bool) -> None:
-        self._last_error = f"{type(error).__name__}: {brief(error)}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        self._last_error = f"{kind}{brief(error)}"
         if is_first:
             logger.warning(
                 "MLflow at %s: %s; the run goes on, what it logs waits in %s",
@@ -233,13 +246,34 @@ class Tracker:
         if self._run_id is None:
             self._resolve_run()
         self._send_spool()
-        while self._state.outbox:
-            self._deliver(self._state.outbox[0])
-            with self._lock:
-                del self._state.outbox[0]
-                self._state.save(self._state_path)
+        error = self._send_outbox()
         if is_closing:
             self._client.set_terminated(self._run_id, status=self._final_status)
+        if error is not None:
+            raise error
+        if is_closing:
+            with self._lock:
+                self._state.is_finished = self._final_status == "FINISHED"
+                self._state.save(self._state_path)
+
+    def _send_outbox(self) -> Exception | None:
+        """Deliver what waits, in order; return why artifacts are not taken, if they are not.
+
+        Their store may be another than that of the rest, which does not wait for it.
+        """
+        first_error = None
+        for entry in self._state.outbox.copy():
+            try:
+                self._deliver(entry)
+            except Exception as error:
+                if entry["kind"] != "artifact":
+                    raise
+                first_error = first_error or error
+                continue
+            with self._lock:
+                self._state.outbox.remove(entry)
+                self._state.save(self._state_path)
+        return first_error
 
     def _resolve_run(self) -> None:
         """Find or create the run of this key; another one than last time gets the whole spool."""
@@ -318,6 +352,9 @@ class Tracker:
         """Send one entry of the outbox; one that MLflow will never take is dropped aloud."""
         from mlflow.exceptions import MlflowException
 
+        if entry["kind"] == "artifact" and not Path(entry["path"]).exists():
+            logger.warning("dropped artifact of the MLflow run: %s is gone", entry["path"])
+            return
         try:
             match entry["kind"]:
                 case "params":
@@ -328,8 +365,8 @@ class Tracker:
                     self._deliver_dataset(entry["values"])
                 case "artifact":
                     self._client.log_artifact(self._run_id, entry["path"], entry["folder"])
-        except (FileNotFoundError, MlflowException) as error:
-            if getattr(error, "error_code", "") not in ("", "INVALID_PARAMETER_VALUE"):
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             logger.warning("dropped %s of the MLflow run: %s", entry["kind"], brief(error))
 

@@ -10,9 +10,9 @@
 What a run has finished is not made twice; a training that was killed begins anew.
 """
 
-import hashlib
 import json
 import shutil
+import uuid
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from pipelines.pretrain import (
 )
 from pipelines.storage import held, write_file, write_folder, write_json
 from pipelines.training.lineage import code_version
-from pipelines.training.tracking import RUN_KEY_TAG, Tracker
+from pipelines.training.tracking import RUN_KEY_TAG, Tracker, is_finished
 from pipelines.use.bundle import tells, write_bundle
 from pipelines.use.classification_figures import ClassificationFigures, figures
 from pipelines.use.classifier import probabilities
@@ -84,7 +84,7 @@ def finetune(asked: "Finetune") -> dict[str, Any]:
         key = _begin(asked, origin, run_dir)
         account = run_dir / "account.json"
         made: dict[str, Any] = json.loads(account.read_text()) if account.exists() else {}
-        if made.get("tracking_uri") == asked.tracking_uri:
+        if made.get("tracking_uri") == asked.tracking_uri and is_finished(run_dir):
             say(f"{made['registered']} is registered; MLflow run {made['mlflow_run']}")
             return made
         say(f"{data.line()}; {task.schedule.steps} steps at most, in {run_dir}")
@@ -140,7 +140,7 @@ def _begin(asked: "Finetune", origin: Origin, run_dir: Path) -> str:
         "training": asdict(asked.training),
         "origin": json.loads(json.dumps(asdict(origin))),
     }
-    path = run_dir / "finetune.json"
+    path, key = run_dir / "finetune.json", uuid.uuid4().hex
     if (run_dir / "run.json").exists():
         raise UserError(f"run {asked.name!r} is a pretraining: choose another --name")
     if path.exists():
@@ -150,9 +150,9 @@ def _begin(asked: "Finetune", origin: Origin, run_dir: Path) -> str:
                 f"run {asked.name!r} was made with another {' and '.join(different)}: "
                 "give it what it was made with, or choose another --name"
             )
-    write_json(path, question)
-    told = json.dumps([str(run_dir.resolve()), question], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+        key = recorded["key"]
+    write_json(path, {"key": key, **question})
+    return key
 
 
 def register_name(asked: "Finetune", model: str) -> str:

@@ -13,16 +13,14 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipelines.data.manifest import Manifest
-from pipelines.errors import UserError, brief
-from pipelines.training.mlflow_client import open_client
-from pipelines.training.tracking import TrackingError
+from pipelines.errors import TrackingError, UserError
+from pipelines.training.mlflow_client import answered, open_client
 from pipelines.use.compare_models import compare
 from pipelines.use.comparison import Finding, findings_table, judge
 from pipelines.use.encoder import Encoder
@@ -36,6 +34,7 @@ REPORT_TAG = "rayssl.gate_report"
 """SHA-256 of the report in the version's MLflow run."""
 PROMOTED_TAG = "rayssl.promoted_at"
 REPORT_FOLDER = "gate"
+AGAIN = "the same command goes on once it answers"
 
 
 class GateError(UserError):
@@ -107,7 +106,7 @@ def pin_pair(name: str, tracking_uri: str) -> Pair:
         GateError: If the candidate is a champion that was rolled back.
     """
     pin(f"models:/{name}@{CANDIDATE}", tracking_uri)  # says what is missing
-    with answered(tracking_uri) as client:
+    with answered(tracking_uri, AGAIN) as client:
         candidate = client.get_model_version_by_alias(name, CANDIDATE)
         pair = Pair(name, candidate, _version_at(client, name, CHAMPION))
     if candidate.tags.get(GATE_TAG) == "rolled-back" and not pair.is_settled:
@@ -171,7 +170,7 @@ def settle(pair: Pair, report: GateReport, tracking_uri: str) -> None:
         TrackingError: If the champion has moved since the pair was pinned, or MLflow fails.
     """
     version = pair.candidate
-    with answered(tracking_uri) as client:
+    with answered(tracking_uri, AGAIN) as client:
         _log_report(client, pair, report)
         digest = hashlib.sha256(report.to_json().encode()).hexdigest()
         for key, value in ((REPORT_TAG, digest), (GATE_TAG, report.verdict)):
@@ -196,7 +195,7 @@ def roll_back(name: str, tracking_uri: str) -> tuple[str, str]:
     """
     for alias in (CHAMPION, PREVIOUS):
         pin(f"models:/{name}@{alias}", tracking_uri)
-    with answered(tracking_uri) as client:
+    with answered(tracking_uri, AGAIN) as client:
         champion, previous = (
             client.get_model_version_by_alias(name, alias) for alias in (CHAMPION, PREVIOUS)
         )
@@ -204,24 +203,6 @@ def roll_back(name: str, tracking_uri: str) -> tuple[str, str]:
             client.set_model_version_tag(name, champion.version, GATE_TAG, "rolled-back")
             client.set_registered_model_alias(name, CHAMPION, previous.version)
     return uri_of(previous), uri_of(champion)
-
-
-@contextmanager
-def answered(tracking_uri: str) -> Iterator[Any]:
-    """Give an MLflow client, and say in one line where MLflow fails.
-
-    Raises:
-        TrackingError: If MLflow raises.
-    """
-    client = open_client(tracking_uri)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield client
-    except MlflowException as error:
-        raise TrackingError(
-            f"MLflow at {tracking_uri}: {brief(error)}; the same command goes on once it answers"
-        ) from error
 
 
 def _version_at(client: Any, name: str, alias: str) -> Any | None:

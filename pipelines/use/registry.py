@@ -23,10 +23,11 @@ from pydantic import Discriminator, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines import VERSION
 from pipelines.config import MODEL_NAME
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import brief, nearest
-from pipelines.training.mlflow_client import open_client, sqlite_path
+from pipelines.training.mlflow_client import answered, open_client, sqlite_path
 from pipelines.training.tracking import RUN_KEY_TAG
 from pipelines.use.bundle import ADVICE, FORMAT_VERSION, BundleError, manifest_sha256, verify_bundle
 from pipelines.use.classifier import Classifier
@@ -164,8 +165,7 @@ def resolve(uri: str, tracking_uri: str) -> Path:
         verify_bundle(directory)
         return directory
     version = _find_version(uri, tracking_uri)
-    client = open_client(tracking_uri)
-    root = _download(client, version.name, version.version, tracking_uri)
+    root = _download(version.name, version.version, tracking_uri)
     _refuse_code(root, uri)
     verify_bundle(root / BUNDLE_FOLDER)
     if manifest_sha256(root / BUNDLE_FOLDER) != version.tags.get(MANIFEST_TAG):
@@ -214,19 +214,21 @@ def _find_version(uri: str, tracking_uri: str) -> Any:
     raise BundleError(f"{uri}: {name!r} has no alias {alias!r}.{hint}")
 
 
-def _download(client: Any, name: str, version: str, tracking_uri: str) -> Path:
+def _download(name: str, version: str, tracking_uri: str) -> Path:
     """Return a local directory of the artifacts.
 
     Not by their models:/ URI, which MLflow would look up in its global tracking store.
     """
     from mlflow.artifacts import download_artifacts
 
-    uri = client.get_model_version_download_uri(name, version)
-    folder = None
-    if urlsplit(uri).scheme not in LOCAL_SCHEMES:
-        folder = tempfile.mkdtemp(prefix="rayssl-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri, dst_path=folder))
+    with answered(tracking_uri, "try again once it gives the model") as client:
+        uri = client.get_model_version_download_uri(name, version)
+        folder = None
+        if urlsplit(uri).scheme not in LOCAL_SCHEMES:
+            folder = tempfile.mkdtemp(prefix="rayssl-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        found = download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri, dst_path=folder)
+    return Path(found)
 
 
 def _refuse_code(root: Path, uri: str) -> None:
@@ -357,6 +359,8 @@ def _save_model(path: Path, bundle_dir: Path, encoder: Encoder, model: Any) -> N
 
 def _pin(requirement: str) -> str:
     """Return NAME==VERSION without a local part such as +cpu, which no index has."""
+    if requirement == "rayssl":  # a copy of the code, as a job gets it, tells no metadata
+        return f"{requirement}=={VERSION}"
     return f"{requirement}=={importlib.metadata.version(requirement).partition('+')[0]}"
 
 

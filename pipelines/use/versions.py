@@ -5,8 +5,9 @@ from typing import Any
 
 from pipelines.errors import nearest
 from pipelines.tables import table
+from pipelines.training.mlflow_client import answered
 from pipelines.use.bundle import BundleError
-from pipelines.use.promotion import GATE_TAG, answered
+from pipelines.use.promotion import AGAIN, GATE_TAG
 from pipelines.use.registry import RECIPE_TAG, open_registry
 
 FIGURES = ("heldout/", "test/")
@@ -39,7 +40,7 @@ def list_versions(name: str, tracking_uri: str) -> list[Version]:
         TrackingError: If MLflow fails.
     """
     open_registry(tracking_uri, name or "models")
-    with answered(tracking_uri) as client:
+    with answered(tracking_uri, AGAIN) as client:
         models = {model.name: model for model in client.search_registered_models(max_results=1000)}
         if name and name not in models:
             raise BundleError(f"no model {name!r} is registered.{nearest(name, models)}")
