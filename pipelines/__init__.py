@@ -13,6 +13,7 @@
     training/feed.py        each start of the Ray Train workers begins at the newest commit
     training/loop.py        slots -> loss -> one summed gradient -> step; the only loop
     training/checkpoint.py  the commit log: what was trained, and where to go on
+    training/workers.py     workers followed from the driver, and why they failed
     training/tracking.py    metrics -> spool -> MLflow, without waiting and without loss
     use/heldout.py          what is measured on, without copies of what was trained on
     use/evaluate.py         held-out documents -> figures beside what they have to beat

@@ -6,11 +6,9 @@ on after any interruption, and does nothing but report once all is done.
 
 import json
 import shutil
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,9 @@ import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig
 
-from pipelines.cluster import ClusterError, causes, cluster, unwrap
+from pipelines.cluster import ClusterError, cluster, unwrap
 from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.console import Progress, say
 from pipelines.errors import OutageError, TrainingError, UserError
@@ -35,6 +32,7 @@ from pipelines.training.loop import Job, load_objective, train_worker
 from pipelines.training.mlflow_client import answered
 from pipelines.training.spool import read_spool
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, is_finished
+from pipelines.training.workers import followed, root_cause
 from pipelines.use.bundle import tells, write_bundle
 from pipelines.use.card import model_card
 from pipelines.use.commit_figures import CommitFigures, evaluate_run, show_run
@@ -337,26 +335,6 @@ def _attempt(run: Run, worker: Any, update: Callable[[], None]) -> str | None:
     return str(found) if isinstance(found, OutageError) else root_cause(error)
 
 
-def followed(function: Callable[[], object], *updates: Callable[[], None]) -> BaseException | None:
-    """Call updates until a function has ended, and return what it raised, if it did.
-
-    Raises:
-        ClusterError: If there was no room for the workers.
-    """
-    done = _in_thread(function)
-    while not done.done():
-        for update in updates:
-            update()
-        time.sleep(0.5)
-    error = done.exception()
-    if error and isinstance(innermost(error), WorkerGroupStartupTimeoutError):
-        raise ClusterError(
-            "the cluster has not given the workers their CPUs and GPUs in time: others hold them; "
-            "try again later, or ask for fewer --workers"
-        ) from error
-    return error
-
-
 def _fit(run: Run, worker: Any) -> None:
     config, log = run.config, CommitLog(run.dir.resolve())
     source_ref = ray.put(run.source)
@@ -379,34 +357,6 @@ def _fit(run: Run, worker: Any) -> None:
         dataset_config=PlannedDataConfig(log, source_ref, config.order, config.steps),
     )
     trainer.fit()
-
-
-def _in_thread(function: Callable[[], object]) -> Future[object]:
-    """Run a function beside the main thread, which stays free for signals and the live line."""
-    future: Future[object] = Future()
-
-    def target() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=target, name="fit", daemon=True).start()
-    return future
-
-
-def innermost(error: BaseException) -> BaseException:
-    """Return the innermost of the errors that one of Ray's tells of."""
-    while found := causes(error):
-        error = found[0]
-    return error
-
-
-def root_cause(error: BaseException) -> str:
-    """Return the innermost error, in a line."""
-    found = innermost(error)
-    said = str(found).strip().splitlines()[-1:]  # an assertion may say nothing
-    return ": ".join([type(found).__name__, *said])
 
 
 def _curves(run: Run) -> list[str]:

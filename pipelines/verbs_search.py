@@ -43,13 +43,14 @@ class Duplicates:
         """Print the most alike pairs and how much is surplus."""
         from pipelines.use.duplicates import LIKENESS, find_duplicates
         from pipelines.use.embed import embed
+        from pipelines.use.nearest import EMBEDDINGS
         from pipelines.use.registry import open_model
 
         if not -1 <= self.threshold <= 1:
             raise UserError(f"--threshold must be in -1..1, a cosine, got {self.threshold}")
         _check_top(self.top)
         opened = open_model(self.model, self.tracking_uri)
-        with embed_job(self, opened, self.out / "embeddings") as job:
+        with embed_job(self, opened, self.out / EMBEDDINGS) as job:
             embedded = embed(job, self.workers)
             found = find_duplicates(job, self.out, self.threshold, self.top)
         print_ledger(job.manifest.without(embedded.quarantined), "embedded")
@@ -62,6 +63,8 @@ class Duplicates:
             f"one of each is left without {found.surplus}\n"
             f"in {', '.join(found.files)}"
         )
+        if found.kept_pairs < found.pairs:
+            print(f"pairs.parquet holds the {found.kept_pairs} most alike; the groups count all")
         top = [pair._asdict() for pair in found.top]
         return {"model": job.model, **dataclasses.asdict(found), "top": top}
 
@@ -72,7 +75,7 @@ class Nearest:
 
     model: Model
     index: tyro.conf.Positional[Path]
-    """Folder that `rayssl embed` wrote with this model."""
+    """Folder that `rayssl embed` or `rayssl duplicates` wrote with this model."""
     query: tyro.conf.Positional[str]
     """A text, or for a model of images the path of a picture."""
     top: int = 10

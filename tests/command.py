@@ -84,6 +84,15 @@ class Command:
                 found += [process] if line.startswith(title) else []
         return found
 
+    @contextmanager
+    def paused(self) -> Iterator[int]:
+        """Hold the one training worker, so that it neither computes nor comes to its end."""
+        (worker,) = self.titled("ray::RayTrainWorker")
+        os.kill(worker, signal.SIGSTOP)
+        yield worker
+        with contextlib.suppress(ProcessLookupError):  # it was killed, or its command has ended
+            os.kill(worker, signal.SIGCONT)
+
     def end(self) -> None:
         """End whatever is left."""
         for process in self.session():

@@ -165,7 +165,7 @@ def test_the_nearest_of_an_indexed_picture_is_itself(
 ) -> None:
     query = tmp_path / "query.png"
     query.write_bytes(pictures()["p009"])
-    order = ["nearest", finished.model, str(finished.out / "embeddings"), str(query)]
+    order = ["nearest", finished.model, str(finished.out), str(query)]
     assert main([*order, "--top", "4", "--json"]) == 0
     *_, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)["nearest"]

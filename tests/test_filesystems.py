@@ -118,7 +118,7 @@ TREE = ("a.txt", "ab.txt", "[x].txt", "d/a.txt", "d/e/a.txt", "d/e/b.jsonl", ".h
         ("d/**/*.jsonl", "d/e/b.jsonl"),
         ("d/e*", "d/e/a.txt d/e/b.jsonl"),
         ("d", "d/a.txt d/e/a.txt d/e/b.jsonl"),
-        (".", " ".join(TREE)),
+        (".", "a.txt ab.txt [x].txt d/a.txt d/e/a.txt d/e/b.jsonl"),
         ("none/*.txt", ""),
         ("a.txt/*", ""),
         ("A.txt", ""),

@@ -197,6 +197,14 @@ def test_what_is_for_encoders_alone_refuses_a_classifier_in_a_line(
         assert "the model is a classifier" in said[0]
 
 
+def test_more_than_fits_into_memory_is_refused(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.use.labelled.room_for_examples", lambda: 1000)
+    with pytest.raises(UserError, match=r"of labelled data are too much: .* name a part of them"):
+        call(replace(finished.asked, name="large"))
+
+
 def test_an_encoder_has_no_classes(finished: Finished) -> None:
     with pytest.raises(UserError, match="finetune it on labels first"):
         load_classifier(finished.asked.model)

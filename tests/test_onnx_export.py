@@ -1,5 +1,6 @@
 """The ONNX graph gives the encoder's embeddings to those who have its folder alone."""
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -14,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnxruntime import InferenceSession
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from tokenizers import Tokenizer
 from torch import nn
 
 from pipelines.cli import main
-from pipelines.data.images import ImageConfig
+from pipelines.data.images import ImageConfig, ImageRows
 from pipelines.data.views import ViewConfig
 from pipelines.data.vocabulary import Vocabulary
 from pipelines.errors import DataError, UserError
@@ -164,10 +167,41 @@ def test_the_graph_tells_of_the_model_and_not_of_the_machine(exported: Exported)
         assert names == {"model.onnx", "tokenizer.json"}
     else:
         assert (preprocess["resize"], names) == ([SIZE, SIZE], {"model.onnx"})
-        assert preprocess["channels"] == {1: "grey", 3: "RGB"}[encoder.image_config.channels]
+        channels = encoder.image_config.channels
+        assert preprocess["channels"] == {1: "grey, ITU-R 601", 3: "RGB"}[channels]
     weights = {weight.name for weight in graph.graph.initializer}
     assert not [name for name in weights if "head" in name or "proj" in name or "decoder" in name]
     assert b".py" not in (folder / "model.onnx").read_bytes()
+
+
+def as_told(pixels: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
+    """Do what the metadata of a graph says of a picture (height, width, 3)."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    made = pixels[top : top + side, left : left + side].astype(np.float64)
+    while len(made) >= 2 * size:
+        half = len(made) // 2
+        made = made[: 2 * half, : 2 * half].reshape(half, 2, half, 2, 3).mean(axis=(1, 3))
+        made = np.floor(made + 0.5)
+    places = ((np.arange(size) + 0.5) * len(made) / size - 0.5).clip(0, len(made) - 1)
+    low = np.floor(places).astype(int)
+    high, share = np.minimum(low + 1, len(made) - 1), places - low
+    made = made[low] * (1 - share)[:, None, None] + made[high] * share[:, None, None]
+    seen: NDArray[np.float64] = made[:, low] * (1 - share)[:, None]
+    seen += made[:, high] * share[:, None]
+    return seen
+
+
+@pytest.mark.parametrize("size", [28, 64, 96, 224])
+def test_who_follows_the_metadata_sees_what_the_encoder_sees(size: int) -> None:
+    photo = load_sample_images().images[0]
+    png = io.BytesIO()
+    Image.fromarray(photo).save(png, "PNG")
+    seen = ImageRows(ImageConfig(views=ViewConfig(size=size))).plain(png.getvalue())
+    assert isinstance(seen, np.ndarray)
+    told = as_told(photo, size).transpose(2, 0, 1)
+    assert np.abs(told - seen).max() <= 1
 
 
 def test_an_altered_graph_or_tokenizer_is_no_parity(exported: Exported) -> None:

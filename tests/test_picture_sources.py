@@ -192,7 +192,9 @@ def test_no_two_folders_have_the_same_hash(tmp_path: Path) -> None:
 
 def test_what_systems_leave_beside_pictures_is_ignored(tmp_path: Path) -> None:
     write_files(tmp_path)
-    for name in (".DS_Store", "a/._000.jpeg", "a/Thumbs.db", "README.md", ".hidden.png"):
+    (tmp_path / "a" / ".thumbnails").mkdir()
+    names = (".DS_Store", "a/._000.jpeg", "a/Thumbs.db", "README.md", ".hidden.png")
+    for name in (*names, "a/.thumbnails/000.jpeg"):
         (tmp_path / name).write_bytes(b"no picture")
     assert read(manifest_of(tmp_path))
     assert manifest_of(tmp_path).records_where("") == NUM_PICTURES

@@ -20,11 +20,12 @@ from pipelines.config import RunConfig, to_flat, to_record
 from pipelines.data.indexing import build
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.errors import UserError
-from pipelines.pretrain import followed, pretrain, root_cause
+from pipelines.pretrain import pretrain
 from pipelines.recipes import recipe
 from pipelines.run import load_run
 from pipelines.training.mlflow_client import open_client
 from pipelines.training.tracking import RUN_KEY_TAG
+from pipelines.training.workers import followed, root_cause
 from pipelines.use.bundle import BundleError
 from pipelines.use.gate_config import GateConfig
 from pipelines.use.promotion import judge_pair, open_pair, pin_pair

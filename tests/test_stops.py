@@ -68,7 +68,7 @@ class BoastfulRun(Run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_a_stream_that_ends_too_early_is_no_failure_and_changes_no_batch(
     open_tiny: Callable[..., Run], workers: int
 ) -> None:
@@ -185,6 +185,7 @@ def side_by_side(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     with command(folders["first"], *pretrain(corpus, *runs, "--steps", "100000")) as first:
         first.wait_until(log.newest)
         with (
+            first.paused(),  # which leaves the CPU to the others
             command(folders["second"], *pretrain(corpus, *runs, "--steps", "100000")) as second,
             command(folders["other"], *pretrain(corpus, "--steps", "4")) as other,
         ):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pipelines.data import tar
 from pipelines.data.tar import BLOCK, PassedOver, Sample, files, samples
 
 NUM_SAMPLES = 12
@@ -192,6 +193,40 @@ def test_a_sparse_file_of_pax_is_named() -> None:
 
 def test_a_file_without_extension_is_named() -> None:
     found = read(make_tar(edit=lambda info, _: setattr(info, "name", info.name.split(".")[0])))
+    assert reasons(found)["filtered:no-extension"] == 2 * NUM_SAMPLES
+
+
+def with_leftovers(order: str, content: bytes) -> bytes:
+    """Pack what macOS leaves beside files, before or behind each."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(NUM_SAMPLES):
+            for extension, data in (("cls", b"%d" % number), ("jpeg", content_of(number))):
+                both = [(f"._{number:02}.{extension}", content), (f"{number:02}.{extension}", data)]
+                for name, its in both if order == "before" else both[::-1]:
+                    info = tarfile.TarInfo(f"part/{name}")
+                    info.size = len(its)
+                    tar.addfile(info, io.BytesIO(its))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_what_macos_packs_between_the_files_of_a_sample_does_not_part_them(order: str) -> None:
+    data = with_leftovers(order, b"Mac OS X" * 20)
+    found = read(data)
+    assert whole(found) == EXPECTED
+    assert sum(map(num_bytes, found)) == len(data)
+    assert reasons(found)["filtered:no-extension"] == NUM_SAMPLES
+    assert len([piece for piece in found if isinstance(piece, Sample)]) == NUM_SAMPLES
+
+
+def test_much_between_two_files_is_not_held_and_parts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tar, "MAX_BETWEEN_BYTES", 600)
+    data = with_leftovers("before", b"Mac OS X" * 100)
+    found = read(data)
+    assert sum(map(num_bytes, found)) == len(data)
     assert reasons(found)["filtered:no-extension"] == 2 * NUM_SAMPLES
 
 

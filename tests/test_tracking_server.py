@@ -7,7 +7,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,21 +110,11 @@ def attempt_of(log: CommitLog) -> int:
     return newest.attempt if newest else 0
 
 
-@contextmanager
-def paused(training: Command) -> Iterator[int]:
-    """Hold the one worker of a command, so that it does not come to its end meanwhile."""
-    (worker,) = training.titled("ray::RayTrainWorker")
-    os.kill(worker, signal.SIGSTOP)
-    yield worker
-    with suppress(ProcessLookupError):  # it was killed, or its command has ended
-        os.kill(worker, signal.SIGCONT)
-
-
 def kill_between_commits(training: Command, spool: Path) -> None:
     """Kill the one worker of a command when it has logged a step that no commit holds."""
 
     def killed() -> bool:
-        with paused(training) as worker:
+        with training.paused() as worker:
             between = read_spool(spool, {})[-1].step % COMMIT_EVERY != 0
             if between:
                 os.kill(worker, signal.SIGKILL)
@@ -149,7 +138,7 @@ def story(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     with command(folder, *words) as training:
         training.wait_until(log.newest)
-        with paused(training):
+        with training.paused():
             training.wait_until(lambda: json.loads(state.read_text())["marks"]["high_water"])
             training.kill(signal.SIGTERM)
             codes.append(training.wait())
@@ -163,7 +152,7 @@ def story(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Story:
         without_server = steps_of(log)
         kill_between_commits(training, folder / "runs" / "run" / "spool")
         training.wait_until(lambda: attempt_of(log) == 3)
-        with paused(training):
+        with training.paused():
             stack.mlflow.start()
         codes.append(training.wait())
         statuses.append(status_of(stack))

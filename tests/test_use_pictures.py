@@ -241,6 +241,8 @@ def test_the_report_counts_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0.1 < report.changed["greyscale"] < 0.4
     assert report.changed.keys() == {"rotation", "greyscale"}
     assert 0.2 < report.median_crop < 1
+    # Visited three times an epoch, a picture is no copy of itself.
+    assert describe_pictures(replace(plan, weights=(3.0,)), maker).copies == 1
     monkeypatch.setattr(preview_images, "SAMPLE_PICTURES", 3)
     assert 3 <= describe_pictures(plan, maker).pictures < 22
 

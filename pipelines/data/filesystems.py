@@ -89,7 +89,8 @@ def holds_secret(uri: str) -> bool:
 def find_files(pattern: str, wanted: Callable[[str], bool]) -> Iterator[File]:
     """Yield the files that a file, folder or glob names; of a folder, all below it that is wanted.
 
-    A glob knows `*`, `?`, `[]` and `**`. `wanted` is asked by name.
+    A glob knows `*`, `?`, `[]` and `**`. `wanted` is asked by name. What is hidden, as in folders
+    that systems leave, is none of a folder.
 
     Raises:
         UserError: If the store cannot be reached or listed, or something named is no file.
@@ -103,7 +104,8 @@ def find_files(pattern: str, wanted: Callable[[str], bool]) -> Iterator[File]:
         for info in named:
             if info.type == FileType.Directory:
                 for found in _list(filesystem, info.path, 0):
-                    if found.type != FileType.Directory and wanted(found.path):
+                    hidden = "/." in found.path.removeprefix(info.path)
+                    if found.type != FileType.Directory and not hidden and wanted(found.path):
                         yield _file(found, base, place)
             else:
                 yield _file(info, base, place)

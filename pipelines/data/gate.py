@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from pipelines.data.manifest import CUT, Entry, Manifest, Quarantined
+from pipelines.data.manifest import CUT, DUPLICATE, Entry, Manifest, Quarantined
 from pipelines.data.records import MAX_RECORD_BYTES, THINGS
 from pipelines.data.shards import TOO_LONG, unit_of
 from pipelines.data.tar import MAX_SAMPLE_BYTES
@@ -19,6 +19,8 @@ _ADVICE = {
     "holds their bytes: a path alone is no picture",
     "quarantined:several-pictures": "the adjacent files of a .tar whose names are one up to the "
     "first dot are one sample, which holds one picture: 000001.jpg, 000002.jpg and so on",
+    DUPLICATE: "the files of a sample of a .tar, whose names are one up to the first dot, are "
+    "adjacent: `tar --sort=name` packs them so",
     TOO_LONG: f"a document may have {MAX_RECORD_BYTES >> 20} MiB: --source.txt-documents "
     "blank-line cuts a large .txt at its empty lines; a sample of a .tar may have "
     f"{MAX_SAMPLE_BYTES >> 20}: it is the adjacent files whose names are one up to the first dot",

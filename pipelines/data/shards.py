@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pipelines.data import parquet, tar
-from pipelines.data.filesystems import File, find_files, open_file, parse, reading
+from pipelines.data.filesystems import File, find_files, open_file, reading
 from pipelines.data.records import (
     COMPRESSED,
     MAX_RECORD_BYTES,
@@ -122,7 +122,7 @@ def _refuse_mixture(names: Sequence[str], modality: Modality | None) -> None:
 
 
 def _kind(name: str) -> Literal["text", "parquet", "tar", "picture", ""]:
-    """Return what a file is by its name; hidden pictures are what systems left."""
+    """Return what a file is by its name."""
     form, packing = suffixes(name)
     if form in TEXT_SUFFIXES:
         return "text"
@@ -130,9 +130,7 @@ def _kind(name: str) -> Literal["text", "parquet", "tar", "picture", ""]:
         return "tar"
     if form == ".parquet" and not packing:
         return "parquet"
-    if form[1:] not in EXTENSIONS or packing:
-        return ""
-    return "" if os.path.basename(parse(name).path).startswith(".") else "picture"
+    return "picture" if form[1:] in EXTENSIONS and not packing else ""
 
 
 def is_shard(name: str) -> bool:

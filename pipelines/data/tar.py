@@ -21,6 +21,8 @@ from pipelines.data.records import Record, Seen
 BLOCK = 512
 MAX_SAMPLE_BYTES = 64 * 1024 * 1024
 """A longer sample is passed over without being held in memory."""
+MAX_BETWEEN_BYTES = 1024 * 1024
+"""So much without a key may stand between two files of one sample."""
 MAX_EXTENSION_BYTES = 1024 * 1024
 """Long names and pax records that are longer are not believed."""
 
@@ -28,6 +30,9 @@ END = "filtered:end-of-archive"
 CUT = "quarantined:cut"
 NO_END = "quarantined:no-end-of-archive"
 """The fates that a shard can end with."""
+
+NO_KEY = "filtered:no-extension"
+"""The fate of a file that is none of a sample, such as the ._NAME that macOS packs beside NAME."""
 
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _KINDS = {
@@ -98,22 +103,30 @@ def samples(stream: Readable) -> Iterator[Sample | PassedOver]:
     """Yield what a tar holds; the bytes of all that is yielded are those of the shard.
 
     A key that comes again later is a sample of its own: whoever reads the whole shard can tell.
+    Small files without a key between two of one sample go with it.
     """
     pending: list[_Member] = []
+    between: list[_Member] = []
     size = 0
     for member in _members(_Blocks(stream)):
+        if pending and member.reason == NO_KEY and _size([*between, member]) <= MAX_BETWEEN_BYTES:
+            between.append(member)
+            continue
         if pending and (member.reason or member.key != pending[0].key):
             yield _join(pending)
-            pending, size = [], 0
+            yield from map(_passed_over, between)
+            pending, between, size = [], [], 0
         if member.reason:
-            yield PassedOver(member.num_bytes, member.reason)
+            yield _passed_over(member)
             continue
-        pending.append(member)
-        size += member.num_bytes
+        size += _size([*between, member])
+        pending += [*between, member]
+        between = []
         if size > MAX_SAMPLE_BYTES:  # will be passed over: that it was there is all to be held
             pending = [member._replace(num_bytes=size, headers=b"", content=b"")]
     if pending:
         yield _join(pending)
+    yield from map(_passed_over, between)
 
 
 def files(sample: bytes) -> dict[str, bytes]:
@@ -124,6 +137,8 @@ def files(sample: bytes) -> dict[str, bytes]:
     """
     found: dict[str, bytes] = {}
     for member in _members(_Blocks(io.BytesIO(sample))):
+        if member.reason:
+            continue
         if member.extension in found:
             raise ValueError(f"two files .{member.extension} of one key")
         found[member.extension] = member.content
@@ -213,13 +228,14 @@ def _member(blocks: _Blocks, header: _Header | None) -> _Member:
     headers += blocks.take()
     match = _KEY.fullmatch(header.name)
     reason = _reason(header, said, is_named=match is not None)
-    is_held = not reason and len(headers) + header.size <= MAX_SAMPLE_BYTES
+    most = {"": MAX_SAMPLE_BYTES, NO_KEY: MAX_BETWEEN_BYTES}.get(reason, 0)
+    is_held = len(headers) + header.size <= most
     content, found = blocks.content(header.size, keep=is_held)
     num_bytes += BLOCK + found
     if found < header.size + -header.size % BLOCK:
         return _Member(num_bytes, CUT)
     if match is None or reason:
-        return _Member(num_bytes, reason)
+        return _Member(num_bytes, reason, headers=headers, content=content)
     return _Member(num_bytes, "", match[1], match[2].lower(), headers, content)
 
 
@@ -233,11 +249,19 @@ def _reason(header: _Header, said: dict[str, str], *, is_named: bool) -> str:
         return "filtered:pax-global"
     if header.kind != "regular":
         return f"quarantined:{header.kind}"
-    return "" if is_named else "filtered:no-extension"
+    return "" if is_named else NO_KEY
+
+
+def _size(members: list[_Member]) -> int:
+    return sum(member.num_bytes for member in members)
+
+
+def _passed_over(member: _Member) -> PassedOver:
+    return PassedOver(member.num_bytes, member.reason)
 
 
 def _join(members: list[_Member]) -> Sample | PassedOver:
-    size = sum(member.num_bytes for member in members)
+    size = _size(members)
     whole = b"".join(
         part
         for member in members

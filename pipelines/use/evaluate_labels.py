@@ -29,6 +29,7 @@ from pipelines.use.intervals import interval
 from pipelines.use.labelled_features import Embedded, Items, Part, embedded, labelled_items
 from pipelines.use.probe import (
     EVERY,
+    Mask,
     Rule,
     kept_aside,
     linear_probe,
@@ -139,8 +140,8 @@ def evaluate_labels(
     """Return how well a field is told from frozen features; needs Ray.
 
     Each seed learns from `num_labelled` training items, drawn by their content, each class in its
-    share. What of the training items is also a test item is left out. The intervals are paired,
-    over seeds and test items.
+    share. Of copies the first counts, and what of the training items is also a test item is left
+    out. The intervals are paired, over seeds and test items.
 
     Raises:
         UserError: If there are too few items or classes, or the encoder is a classifier.
@@ -148,7 +149,9 @@ def evaluate_labels(
     encoder.refuse_classifier()
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
-    pool, asked = (labelled_items(part, labels) for part in (training, test))
+    found = [labelled_items(part, labels) for part in (training, test)]
+    pool, asked = (items.distinct() for items in found)
+    num_copies = sum(map(len, found)) - len(pool) - len(asked)
     is_copy = np.isin(pool.content, asked.content)
     num_unlabelled = pool.num_unlabelled + asked.num_unlabelled
     pool, asked = pool.take(~is_copy), _some(asked)
@@ -162,10 +165,15 @@ def evaluate_labels(
     union = pool.take(np.unique(np.concatenate(chosen)))
     say(f"embeds {len(union) + len(asked)} {things} by the encoder and {seeds} untrained ones")
     known, seen = embedded(union, encoders), embedded(asked, encoders)
-    scores = _scores(known, seen, [pool.record[places] for places in chosen])
+    read = [np.isin(known.items.record, pool.record[places]) for places in chosen]
+    for seed, is_read in enumerate(read):
+        what = f"training {things} that can be read"
+        _refuse_few(known.items.take(is_read), seed, what, len(np.unique(pool.label)))
+    scores = _scores(known, seen, read)
     is_strange = ~np.isin(seen.items.label, pool.label)
     notes = {
         f"records have no {labels!r}: left out": num_unlabelled,
+        f"{things} are copies of others: left out": num_copies,
         f"training {things} are also for testing: left out": int(is_copy.sum()),
         "pictures cannot be decoded: left out": known.num_unreadable + seen.num_unreadable,
         f"test {things} have a {labels!r} that no training item has: told wrong by all": int(
@@ -177,7 +185,7 @@ def evaluate_labels(
         raw="TF-IDF" if encoder.pieces else "raw pixels",
         labels=labels,
         num_classes=len(np.unique(pool.label)),
-        num_labelled=num_labelled,
+        num_labelled=min(int(is_read.sum()) for is_read in read),
         num_test=len(seen.items),
         accuracies={
             probe: {kind: _accuracy(score) for kind, score in kinds.items()}
@@ -193,10 +201,10 @@ def evaluate_labels(
     )
 
 
-def _scores(known: Embedded, seen: Embedded, chosen: list[Ints]) -> dict[str, dict[str, Any]]:
+def _scores(known: Embedded, seen: Embedded, read: list[Mask]) -> dict[str, dict[str, Any]]:
     """Return for each probe and kind of features (seeds, test items), 1 where it tells right."""
-    told = ray.put((known, seen, chosen))
-    right = parallel_map(partial(_right, told), range(len(chosen)))
+    told = ray.put((known, seen, read))
+    right = parallel_map(partial(_right, told), range(len(read)))
     return {
         probe: {kind: np.stack([found[probe, kind] for found in right]) for kind in KINDS}
         for probe in PROBES
@@ -221,28 +229,37 @@ def _choose(pool: Items, count: int, seeds: int, what: str) -> list[Ints]:
         raise UserError(
             f"--num-labelled must be in 1..{len(pool)}, the training {what}, got {count}"
         )
-    classes, codes = np.unique(pool.label, return_inverse=True)
+    _, codes = np.unique(pool.label, return_inverse=True)
     chosen = [stratified(codes, _words(pool, seed), count) for seed in range(seeds)]
     for seed, places in enumerate(chosen):
-        if len(np.unique(codes[places])) < 2:
-            only = str(classes[codes[places[0]]])
-            raise UserError(
-                f"all of {count} training {what} have {only!r}: there is nothing to tell apart"
-            )
-        if not kept_aside(codes[places], _words(pool.take(places), seed)).any():
-            raise UserError(
-                f"{count} training {what} are too few for {len(classes)} classes: give "
-                f"--num-labelled {EVERY * len(classes)} or more"
-            )
+        _refuse_few(pool.take(places), seed, f"training {what}", len(np.unique(pool.label)))
     return chosen
 
 
+def _refuse_few(items: Items, seed: int, what: str, num_classes: int) -> None:
+    """See that items are of two of the classes at least, and that some can be kept aside.
+
+    Raises:
+        UserError: If they are not.
+    """
+    classes, codes = np.unique(items.label, return_inverse=True)
+    if len(classes) == 1:
+        raise UserError(
+            f"all of {len(items)} {what} have {str(classes[0])!r}: there is nothing to tell apart"
+        )
+    if not kept_aside(codes, _words(items, seed)).any():
+        raise UserError(
+            f"{len(items)} {what} are too few for {num_classes} classes: give --num-labelled "
+            f"{EVERY * num_classes} or more"
+        )
+
+
 def _right(
-    told: "ray.ObjectRef[tuple[Embedded, Embedded, list[Ints]]]", seed: int
+    told: "ray.ObjectRef[tuple[Embedded, Embedded, list[Mask]]]", seed: int
 ) -> dict[tuple[str, str], NDArray[np.int8]]:
     """Return which test items are told right, 1 or 0, by each probe on each kind of features."""
-    known, seen, records = ray.get(told)
-    places = np.flatnonzero(np.isin(known.items.record, records[seed]))
+    known, seen, read = ray.get(told)
+    places = np.flatnonzero(read[seed])
     items = known.items.take(places)
     _, codes = np.unique(np.append(items.label, seen.items.label), return_inverse=True)
     labels, truth = codes[: len(items)], codes[len(items) :]

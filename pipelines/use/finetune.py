@@ -33,13 +33,12 @@ from pipelines.console import Progress, say
 from pipelines.errors import TrainingError, UserError
 from pipelines.pretrain import (
     REGISTRY_TIMEOUT_SECONDS,
-    followed,
     register_bundle,
-    root_cause,
 )
 from pipelines.storage import held, write_file, write_folder, write_json
 from pipelines.training.lineage import code_version
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, is_finished
+from pipelines.training.workers import followed, root_cause
 from pipelines.use.bundle import tells, write_bundle
 from pipelines.use.classification_figures import ClassificationFigures, figures
 from pipelines.use.classifier import probabilities

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 
 from pipelines.cluster import parallel_map
@@ -28,6 +29,8 @@ from pipelines.use.finetune_config import LabelledData
 from pipelines.use.inputs import Item
 
 PARTS = ("training", "validation", "test")
+COPIES_HELD = 4
+"""Of examples: by the driver, by Ray's object store, and by the workers."""
 
 
 class Example(NamedTuple):
@@ -106,9 +109,16 @@ def read_examples(manifest: Manifest, fields: Fields) -> list[Example]:
     Pictures that cannot be decoded are left out, and said to be.
 
     Raises:
-        UserError: If no record has the field of the label, or of the second text.
+        UserError: If no record has the field of the label, or of the second text, or all of them
+            are too much to hold.
         DataError: If some records lack one, or a shard has changed since it was indexed.
     """
+    num_bytes, room = sum(block.bytes for block in manifest.blocks), room_for_examples()
+    if num_bytes > room:
+        raise UserError(
+            f"{num_bytes / 1e9:.1f} GB of labelled data are too much: they are held in memory, and "
+            f"more than once: this machine has room for {room / 1e9:.1f}; name a part of them"
+        )
     found: list[Example] = []
     num_unreadable = 0
     missing: dict[str, list[str]] = {fields.label: [], fields.text_pair: []}
@@ -134,6 +144,11 @@ def read_examples(manifest: Manifest, fields: Fields) -> list[Example]:
     if num_unreadable:
         say(f"{num_unreadable} of {total} pictures cannot be decoded: left out")
     return found
+
+
+def room_for_examples() -> int:
+    """Return how many bytes of raw data this machine can hold as often as workers need them."""
+    return int(psutil.virtual_memory().total) // COPIES_HELD
 
 
 def deal(

@@ -16,6 +16,8 @@ from pipelines.use.embed import PREFIX
 from pipelines.use.encoder import Encoder
 from pipelines.use.neighbours import Numbers, Vectors
 
+EMBEDDINGS = "embeddings"
+"""Where `duplicates` has them, below its folder."""
 TOLD = ("bundle_sha256", "fingerprint", "id_field", "files")
 """What every file of one embedding tells alike; its model may go by several names."""
 
@@ -47,12 +49,14 @@ class Neighbour(NamedTuple):
 
 
 def read_index(folder: Path) -> Index:
-    """Return what `embed` wrote into a folder.
+    """Return what `embed` wrote into a folder, or `duplicates` below it.
 
     Raises:
         UserError: If there are no embeddings in it, or not all of them yet.
         DataError: If a file is none of `embed`, or the files are not of one embedding.
     """
+    if (below := folder / EMBEDDINGS).is_dir():
+        folder = below
     paths = tuple(sorted(folder.glob("unit-*.parquet")))
     if not paths:
         raise UserError(f"no embeddings in {folder}: make some with rayssl embed --out {folder}")

@@ -161,10 +161,13 @@ def _metadata(encoder: Encoder, sha256: str) -> dict[str, str]:
     else:
         channels, size, _ = ImageRows(encoder.image_config).shape
         preprocess = {
-            "channels": "RGB" if channels == 3 else "grey",
+            "channels": "RGB" if channels == 3 else "grey, ITU-R 601",
             "crop": "largest square of the middle",
             "resize": [size, size],
-            "interpolation": "area if it shrinks to half or less, else linear",
+            "interpolation": "while the side is at least twice that, means of 2 x 2 pixels, halves "
+            "rounded up, an odd last row and column left out; then bilinear, half-pixel centres, "
+            "no antialiasing",
+            "jpeg": "decoded at 1/2, 1/4 or 1/8 of its size where the side stays at least that",
         }
     return {
         "rayssl.model_sha256": sha256,
@@ -187,7 +190,10 @@ def _tokenizer(encoder: Encoder) -> Tokenizer:
 
 
 def _inputs(encoder: Encoder, directory: Path, items: list[Any]) -> dict[str, NDArray[Any]]:
-    """Return what the graph takes, made as those make it who have the folder alone."""
+    """Return what the graph takes: texts by the tokenizer of the folder, pictures by our decoder.
+
+    Others make pictures by the words in `_metadata`, which a test follows.
+    """
     if not encoder.pieces:
         maker = ImageRows(encoder.image_config)
         return {"image": np.stack([np.asarray(maker.plain(item)) for item in items])}

@@ -133,13 +133,13 @@ def describe_pictures(plan: Plan, maker: ImageRows) -> PictureReport:
         for view in maker.views(picture, pixels, plan.seed):
             crops.append(view.width * view.height / (width * height))
             changed.update(changes(view, channels).keys())
-    contents = {read.picture.content for read in sample}
+    contents = {read.picture.record: read.picture.content for read in sample}
     shorter, longer = np.array(sides, dtype=np.int64).reshape(-1, 2).T
     return PictureReport(
         pictures=len(sample),
         sides=(_spread(shorter), _spread(longer)),
         formats=dict(formats.most_common()),
-        copies=len(sample) - len(contents),
+        copies=len(contents) - len(set(contents.values())),
         broken=broken,
         views=len(crops),
         median_crop=float(np.median(crops)) if crops else 0.0,
