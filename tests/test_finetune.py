@@ -237,6 +237,7 @@ def test_what_was_registered_elsewhere_is_registered_here_too(
     call(finished.asked)  # as the other tests know it
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_anew_is_another_run_of_mlflow(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format
 import io
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from pipelines.data.records import Record, Seen
@@ -272,6 +273,8 @@ def _join(members: list[_Member]) -> Sample | PassedOver:
     return Sample(members[0].key, whole)
 
 
+# Those of a sample are read twice: in the shard, and where the files of the sample are told apart.
+@lru_cache(maxsize=256)
 def _header(block: bytes) -> _Header | None:
     """Return what a block says if it is a header, whole and of a known kind."""
     kind = _KINDS.get(block[156:157], "")
