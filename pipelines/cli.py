@@ -153,7 +153,7 @@ def _config(verb: str, arguments: list[str]) -> "RunConfig":
         for name, make in RECIPES.items():
             print(f"  {name:22} {str(make.__doc__).splitlines()[0]}")
         print(f"\nrayssl {verb} RECIPE --help lists every flag and its value in that recipe.")
-        raise SystemExit(0 if arguments else 2)
+        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     name, *flags = arguments
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[RunConfig],

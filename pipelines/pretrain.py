@@ -83,7 +83,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         try:
             figures = CommitFigures(run, tracker.log_artifact)
             train(run, update=figures.update)
-            if _made(run) is None:  # or nothing is new to be waited for
+            if _made(run) is None:  # a run that is done has no figures to be waited for
                 figures.close()
             account = finish(run, tracker)
             status = "FINISHED"
@@ -152,6 +152,8 @@ def finish(run: Run, tracker: Tracker) -> dict[str, Any]:
     objective = load_objective(run)
     evaluation = evaluate_heldout(objective, run)
     figures, metrics = (evaluation.lines(), evaluation.metrics()) if evaluation else ([], {})
+    if evaluation and run.started_from:
+        figures.append(f"{run.started_from}, which it started from, may have been trained on them")
     for line in [*figures, *_curves(run)]:
         say(line)
     tracker.log_final_metrics(metrics, commit.step)

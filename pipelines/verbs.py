@@ -88,7 +88,7 @@ class Index:
         from pipelines.data.gate import check
         from pipelines.run import index
 
-        _refuse_shard(self.out)
+        refuse_shard(self.out)
         with cluster(self.address, 1, verbose=False):
             manifest = index(self.data, self.source, self.out, "images" if self.images else None)
         print_ledger(manifest)
@@ -122,7 +122,7 @@ class Vocab:
         from pipelines.data.vocabulary_training import train_on_corpus
         from pipelines.storage import write_text
 
-        _refuse_shard(self.out)
+        refuse_shard(self.out)
         cache = Path("runs/.index/manifest.json")
         with indexed(self, self.source, cache, "text") as manifest:
             vocabulary = train_on_corpus(manifest, self.vocabulary)
@@ -211,7 +211,7 @@ class Verify:
         from pipelines.run import load_run
         from pipelines.use.verify import verify
 
-        verdict = verify(load_run(self.runs / self.name))
+        verdict = verify(load_run(run_folder(self.runs, self.name)))
         if verdict.first_different_step is None:
             print(f"PASS: {verdict.steps} steps, digest {verdict.digest}")
         else:
@@ -220,8 +220,14 @@ class Verify:
 
 
 def is_model(name: str) -> bool:
-    """Return whether a name is a URI or a folder with a model; names of runs have no slash."""
-    return "/" in name or (Path(name) / "model.safetensors").is_file()
+    """Return whether a name is a URI or a folder with a model, and not a run or its folder."""
+    is_run = (Path(name) / "run.json").is_file()
+    return not is_run and ("/" in name or (Path(name) / "model.safetensors").is_file())
+
+
+def run_folder(runs: Path, name: str) -> Path:
+    """Return the folder of a run by its name, or by that folder itself, as shells complete it."""
+    return Path(name) if (Path(name) / "run.json").is_file() else runs / name
 
 
 class _Reads(Protocol):
@@ -291,7 +297,7 @@ def embed_job(verb: _Embeds, opened: "tuple[str, str, Encoder]", out: Path) -> "
         )
 
 
-def _refuse_shard(out: Path) -> None:
+def refuse_shard(out: Path) -> None:
     """Refuse to write over raw data.
 
     Raises:

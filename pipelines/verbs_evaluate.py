@@ -12,7 +12,7 @@ import tyro
 from pipelines.data.records import Modality
 from pipelines.data.shards import SourceConfig
 from pipelines.errors import UserError
-from pipelines.verbs import Address, all_of, indexed, is_model
+from pipelines.verbs import Address, all_of, indexed, is_model, run_folder
 
 if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
@@ -80,7 +80,7 @@ class Evaluate:
         from pipelines.training.loop import load_objective
         from pipelines.use.commit_figures import evaluate_run
 
-        run = load_run(self.runs / self.name)
+        run = load_run(run_folder(self.runs, self.name))
         objective = load_objective(run)
         if not self.data:
             return evaluate_run(objective, run)
@@ -98,7 +98,7 @@ class Evaluate:
         if is_model(self.name):
             encoder = load_encoder(self.name, self.tracking_uri)
         else:
-            encoder = encoder_of(load_run(self.runs / self.name))
+            encoder = encoder_of(load_run(run_folder(self.runs, self.name)))
         measure = partial(
             evaluate_labels,
             encoder,

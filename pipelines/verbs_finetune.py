@@ -11,7 +11,7 @@ from pipelines.data.filesystems import holds_secret
 from pipelines.errors import UserError
 from pipelines.training.mlflow_client import SECRET_IN_URI
 from pipelines.use.finetune_config import FinetuneConfig, LabelledData
-from pipelines.verbs import Address, Model
+from pipelines.verbs import Address, Model, refuse_shard
 
 Labelled = Annotated[LabelledData, tyro.conf.arg(name="")]
 """Its flags stand beside those of the verb."""
@@ -70,7 +70,7 @@ class LabelTable:
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Shares of the labels."""
     seeds: int = 3
-    """How often each is trained, each time on another share."""
+    """How often each is trained, each time on another share; of all labels there is one."""
     most: int = 0
     """So many training and validation examples count as all of them; 0 for all that there are."""
     out: Path = Path("label-table.json")
@@ -93,12 +93,15 @@ class LabelTable:
     def run(self) -> dict[str, Any]:
         """Print the table; every contestant is trained and judged on the same examples."""
         from pipelines.cluster import cluster
-        from pipelines.storage import write_json
+        from pipelines.storage import write_json, writing
         from pipelines.use.fit import FitTask
         from pipelines.use.label_table import at_most, label_table, show
         from pipelines.use.labelled import read
         from pipelines.use.registry import open_model
 
+        refuse_shard(self.out)
+        with writing(self.out), self.out.open("a"):
+            pass  # sooner than after hours
         model, sha256, encoder = open_model(self.model, self.tracking_uri)
         encoder.refuse_classifier()
         with cluster(self.address, 1, verbose=False):

@@ -120,6 +120,20 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"rayssl \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [([], 2), (["--data", "x.jsonl"], 2), (["--steps", "3", "text-tiny"], 2), (["--help"], 0)],
+)
+@pytest.mark.parametrize("verb", ["pretrain", "preview"])
+def test_a_recipe_that_is_not_named_first_is_missed(
+    verb: str, arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, *arguments])
+    assert ended.value.code == code
+    assert f"usage: rayssl {verb} RECIPE --data" in capsys.readouterr().out
+
+
 def test_a_wrong_flag_and_an_interruption_are_json_objects_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

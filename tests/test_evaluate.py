@@ -23,7 +23,7 @@ from pipelines.data.plan import Cursor
 from pipelines.data.shards import SourceConfig, find_shards
 from pipelines.data.text import IGNORED, PAIRED, TextRows
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UserError
 from pipelines.recipes import recipe
 from pipelines.run import Run, locked, open_run
 from pipelines.training.checkpoint import START_DIGEST, Commit
@@ -318,6 +318,17 @@ def test_without_a_run_the_baselines_come_from_the_documents_themselves(
     assert abs(found.nsp_length_accuracy - 0.5) < 5 * math.sqrt(0.25 / found.nsp_pairs)
 
 
+def test_heads_that_were_not_trained_have_no_figures(encoder: Path, corpus_dir: Path) -> None:
+    loaded = load_encoder(str(encoder))
+    manifest = build(find_shards([str(corpus_dir)]), SourceConfig(heldout_ratio=0.0), serial_map)
+    measured = evaluate_encoder(replace(loaded, fresh=("encoder.pooler.dense.weight",)), manifest)
+    assert measured.nsp_pairs == 0
+    assert not math.isnan(measured.mlm_loss)
+    assert measured.lines()[-1].endswith("or none was learned from")
+    with pytest.raises(UserError, match=r"without a head for masked tokens: .* --labels"):
+        evaluate_encoder(replace(loaded, fresh=("mlm_head.bias",)), manifest)
+
+
 def test_documents_of_two_folds_are_dealt_out_and_never_paired(run: Run) -> None:
     manifest = manifest_of(run.dir.parent / "corpus")
     orders = list(_orders(Held(manifest, "training", MAX_DOCUMENTS), 2))
@@ -405,12 +416,14 @@ def test_the_command_measures_runs_and_models(
         ("whales",),
         ("whales", "--data", "new", str(corpus_dir)),
         (str(encoder), "--data", "new"),
+        ("runs/whales/",),
     ]:
         assert main(["evaluate", name, *flags, "--json"]) == 0
         *said, last = capsys.readouterr().out.splitlines()
         told.append((said, json.loads(last)))
 
-    own, other, model = (metrics for _, metrics in told)
+    own, other, model, by_folder = (metrics for _, metrics in told)
+    assert by_folder == own
     num_heldout = run.manifest.records_where("heldout")
     assert own["heldout/documents"] == num_heldout
     assert other["heldout/documents"] == num_heldout + 12

@@ -53,6 +53,12 @@ def test_each_item_of_a_split_has_the_field_of_its_own_record(tmp_path: Path) ->
     assert field_of_each(manifest, 0, [], "cls") == []
 
 
+def test_an_empty_value_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a b", "label": ""}\n{"text": "c", "label": "d"}\n')
+    found = indexing.build(find_shards([str(tmp_path)]), SourceConfig(), serial_map, "text")
+    assert list(field_values(found, 0, "label")) == [None, "d"]
+
+
 @pytest.mark.parametrize("content", [b"\xff", b"{", b"[1]", b"[" * 100_000])
 def test_what_cannot_be_read_is_no_value(content: bytes, tmp_path: Path) -> None:
     members = [("a.jpg", make_picture(0)), ("a.json", content), ("a.cls", b"\xff")]

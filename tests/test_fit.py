@@ -187,6 +187,19 @@ def test_copies_of_test_examples_are_not_trained_on() -> None:
         labelled(examples[12:], [examples[0]._replace(label="law")], examples[3:12])
 
 
+def test_copies_are_no_examples_of_their_own() -> None:
+    examples = examples_of(topics(60), "topic")
+    data = labelled(examples[:40] * 3, examples[40:50] * 2, examples[50:] * 5)
+    assert [len(part) for part in (data.training, data.validation, data.test)] == [40, 10, 10]
+    pairs = [
+        example._replace(item=(str(example.item), second))
+        for example in examples
+        for second in ("first", "second", "second")
+    ]
+    data = labelled(pairs[:120], pairs[120:150], pairs[150:])  # one text in two pairs
+    assert [len(part) for part in (data.training, data.validation, data.test)] == [80, 20, 20]
+
+
 def test_figures_are_those_of_the_definition() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     told = np.array([0, 0, 1, 1, 1, 0])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines.data.vocabulary import Vocabulary
-from pipelines.errors import UserError
+from pipelines.errors import StorageError, UserError
 from pipelines.use.finetune_config import FinetuneConfig, LabelledData
 from pipelines.use.fit import FitTask
 from pipelines.use.label_table import (
@@ -125,7 +125,17 @@ def test_a_lead_is_paired_and_has_an_interval() -> None:
     assert row.lead("linear") == (0, 0, 0)
     assert "+0.0 (+0.0 to +0.0)" in show([row])
     assert "1%" in show([row])
+    assert f"± {row.accuracies('from scratch').std(ddof=1):.1%}" in show([row])
     assert row.record()["lead_over_scratch"] == (lead, low, high)
+
+
+def test_where_the_table_goes_is_seen_to_before_anything_is_trained(tmp_path: Path) -> None:
+    source = LabelledData(data=("d",), labels="l")
+    with pytest.raises(StorageError, match=r"cannot write .*/none/table\.json: No such file"):
+        LabelTable(model="m", source=source, out=tmp_path / "none" / "table.json").run()
+    (tmp_path / "raw.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"raw\.jsonl is a raw shard by its name"):
+        LabelTable(model="m", source=source, out=tmp_path / "raw.jsonl").run()
 
 
 def test_a_table_of_nothing_is_refused() -> None:

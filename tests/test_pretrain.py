@@ -406,6 +406,8 @@ def test_a_second_run_starts_where_the_first_one_ended(finished: Finished) -> No
     assert verify(run).status == "PASS"
     lineage = json.loads((run.dir / "bundle" / "lineage.json").read_text())
     assert lineage["started_from"] == "models:/topics/1"
+    flattered = "models:/topics/1, which it started from, may have been trained on them"
+    assert flattered in (run.dir / "bundle" / "MODEL_CARD.md").read_text()
 
     # The alias may move: a resumed run does not look again.
     finished.client.delete_registered_model_alias("topics", "candidate")

@@ -103,6 +103,8 @@ def test_quirks_of_documents_are_counted(vocabulary: Vocabulary) -> None:
     report = describe_corpus(Sample([], documents, 1.0), "en", vocabulary)
 
     assert (report.documents, report.one_sentence_documents, report.copies) == (4, 1, 1)
+    visited = describe_corpus(Sample([], documents * 3, 1.0), "en", vocabulary)
+    assert visited.copies == 1  # what is visited again is no copy
     assert report.sentences_per_document == 2.5
     assert report.tokens == sum(len(ids) for ids in vocabulary.encode(texts))
     assert report.unknown_words == {"\u6f22": 2, "\u5b57": 1}

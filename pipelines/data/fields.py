@@ -64,7 +64,7 @@ def _value(record: Record, form: Form, field: str) -> str | None:
     data = record.data or b""
     with contextlib.suppress(ValueError, RecursionError):
         if form.startswith("parquet"):
-            value = data.decode() or None
+            value = data.decode()
         elif form == "jsonl":
             value = _of_json(data, field)
         elif form == "tar":
@@ -72,6 +72,8 @@ def _value(record: Record, form: Form, field: str) -> str | None:
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
     text = str(value)
+    if not text:  # no label, and no id
+        return None
     # Half of a surrogate pair, which json can spell, is no text.
     return text if text.encode(errors="ignore").decode() == text else None
 
@@ -83,7 +85,7 @@ def _folder(name: str) -> str | None:
 def _of_sample(sample: bytes, field: str) -> object:
     files = tar.files(sample)
     if field in files:
-        return files[field].decode("utf-8-sig").strip() or None
+        return files[field].decode("utf-8-sig").strip()
     return _of_json(files["json"], field) if "json" in files else None
 
 

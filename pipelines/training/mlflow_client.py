@@ -59,9 +59,8 @@ def answered(tracking_uri: str, advice: str) -> Iterator[Any]:
     Raises:
         TrackingError: If anything but an error of ours is raised: stores raise of all kinds.
     """
-    client = open_client(tracking_uri)
     try:
-        yield client
+        yield open_client(tracking_uri)
     except UserError:
         raise
     except Exception as error:

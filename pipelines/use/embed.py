@@ -37,8 +37,9 @@ PREFIX = "rayssl."
 QUARANTINED = f"{PREFIX}quarantined"
 """The key, in files of pictures alone, of those that have no embedding."""
 UNITS_PER_CORPUS = 64
+"""At least, but for small corpora: a unit is what one worker makes at a time."""
 MAX_UNIT_BYTES = 64 * 1024 * 1024
-"""Of raw data, all of which is held; smaller units would be too many files of a large corpus."""
+"""Of raw data, all of which is held; with less, the files of a large corpus would be too many."""
 TASKS_PER_WORKER = 16
 """More tasks cost Ray's time where units are small, fewer leave workers idle at the end."""
 NAMES = pa.schema({"id": pa.string(), "shard": pa.string(), "record": pa.int64()})

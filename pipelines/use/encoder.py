@@ -41,6 +41,10 @@ class Encoder:
         state: dict[str, Tensor] = self.objective.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in self.fresh}
 
+    def came_without(self, *heads: str) -> bool:
+        """Return whether tensors of heads, by the first parts of their names, were not trained."""
+        return any(name.startswith(heads) for name in self.fresh)
+
     @property
     def modality(self) -> Modality:
         """What it embeds."""

@@ -19,6 +19,7 @@ from pipelines.data.manifest import Document, Manifest
 from pipelines.data.spans import Ints
 from pipelines.data.text import IGNORED, TextRows
 from pipelines.data.text_config import TextConfig
+from pipelines.errors import UserError
 from pipelines.run import Run
 from pipelines.use.baselines import Counts, Floats, length_accuracy, unigram_loss
 from pipelines.use.bundle import BundleError
@@ -38,6 +39,8 @@ ROWS_PER_BATCH = 64
 ROWS_PER_COUNT = 1024
 TRAINING_ORDERS = 8
 """Work orders of training rows that the baselines learn from; a small corpus has no more."""
+PAIR_HEADS = ("nsp_head.", "encoder.pooler.")
+"""Tensors without which nothing is told of pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +139,17 @@ def evaluate_encoder(encoder: Encoder, data: Manifest) -> Evaluation:
 
     Raises:
         BundleError: If the bundle does not tell how its rows were made.
-        UserError: If the encoder is not one of text, or is a classifier.
+        UserError: If the encoder is not one of text, is a classifier, or fills no masks.
     """
+    if encoder.came_without("mlm_head."):
+        raise UserError(
+            "the model came without a head for masked tokens: what it is worth is told by --labels"
+        )
     held = Held(data, "training", MAX_DOCUMENTS)
     maker = TextRows(text_config(encoder), encoder.vocabulary)
     measured = measure(encoder.objective, maker, held, folds=2)
+    if encoder.came_without(*PAIR_HEADS):
+        measured = measured._replace(pairs=np.zeros_like(measured.pairs))
     evaluation = _figures(maker, measured, held, measured.folds[::-1])
     return replace(evaluation, own_baselines=True)
 

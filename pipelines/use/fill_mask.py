@@ -28,8 +28,7 @@ def fill_mask(encoder: Encoder, text: str, top: int) -> list[list[Guess]]:
     if top < 1:
         raise UserError(f"top must be at least 1, got {top}")
     objective, vocabulary = encoder.objective, encoder.vocabulary
-    has_none = any(name.startswith("mlm_head.") for name in encoder.fresh)
-    if has_none or not isinstance(objective, MaskedLanguage):
+    if encoder.came_without("mlm_head.") or not isinstance(objective, MaskedLanguage):
         raise UserError("the model came without a head for masked tokens: it cannot fill any")
     first, *others = (ids.tolist() for ids in vocabulary.encode(text.split(MASK)))
     if not others:

@@ -31,10 +31,7 @@ from pipelines.cluster import cluster, unwrap
 from pipelines.config import MODEL_NAME, RUN_NAME, RUN_NAME_ADVICE
 from pipelines.console import Progress, say
 from pipelines.errors import TrainingError, UserError
-from pipelines.pretrain import (
-    REGISTRY_TIMEOUT_SECONDS,
-    register_bundle,
-)
+from pipelines.pretrain import REGISTRY_TIMEOUT_SECONDS, register_bundle
 from pipelines.storage import held, write_file, write_folder, write_json
 from pipelines.training.lineage import code_version
 from pipelines.training.tracking import RUN_KEY_TAG, Tracker, is_finished

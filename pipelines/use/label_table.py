@@ -151,7 +151,8 @@ def show(rows: Sequence[Row]) -> str:
 
     def accuracy(row: Row, name: Contestant) -> str:
         found = row.accuracies(name)
-        return f"{found.mean():.1%} ± {found.std():.1%}"
+        spread = f" ± {found.std(ddof=1):.1%}" if len(found) > 1 else ""
+        return f"{found.mean():.1%}{spread}"
 
     def lead(row: Row, name: Contestant) -> str:
         mean, low, high = row.lead(name)

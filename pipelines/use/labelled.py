@@ -98,8 +98,12 @@ def read(source: LabelledData, encoder: Encoder, runs: Path) -> tuple[Labelled, 
         parts[part] = read_examples(manifest, fields)
     training, validation, test = deal(parts["data"], *source.ratios)
     made = labelled(training, parts.get("validation", validation), parts.get("test", test))
-    if num_copies := len(training) - len(made.training):
-        say(f"{num_copies} training examples are also for validation or test: left out")
+    num_read = sum(len(examples) for examples in parts.values())
+    if num_copies := num_read - sum(len(getattr(made, part)) for part in PARTS):
+        say(
+            f"{num_copies} of {num_read} examples are left out: copies of others, or what shares "
+            "its text, of a pair the first, with validation or test"
+        )
     return made, tuple(fingerprints)
 
 
@@ -166,7 +170,7 @@ def deal(
 def labelled(
     training: Sequence[Example], validation: Sequence[Example], test: Sequence[Example]
 ) -> Labelled:
-    """Return the parts, without training examples that are copies of others.
+    """Return the parts: of copies the first, and no text, of a pair the first, in two of them.
 
     Raises:
         UserError: If a part is empty, or there is one class.
@@ -176,16 +180,17 @@ def labelled(
     judged = test_contents | {example.content for example in validation}
     made = Labelled(
         classes=tuple(sorted({example.label for example in training})),
-        training=tuple(e for e in training if e.content not in judged),
-        validation=tuple(e for e in validation if e.content not in test_contents),
-        test=tuple(test),
+        training=_distinct([e for e in training if e.content not in judged]),
+        validation=_distinct([e for e in validation if e.content not in test_contents]),
+        test=_distinct(test),
     )
     for part in PARTS:
         if not getattr(made, part):
             raise UserError(
                 f"no example is left for {part}: name --{part} data, or raise --{part}-ratio"
                 if part != "training"
-                else "no example is left for training: lower --test-ratio and --validation-ratio"
+                else "no example is left for training: lower --test-ratio and --validation-ratio; "
+                "what shares its text, of a pair the first, with test data is not learned from"
             )
     if len(made.classes) < 2:
         raise UserError(f"every training example is {made.classes[0]!r}: one class is no question")
@@ -198,6 +203,15 @@ def labelled(
                 "add some, or leave the class out"
             )
     return made
+
+
+def _distinct(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Return the first example of each item: copies are no labels and no test of their own."""
+    first: dict[Any, Example] = {}
+    for example in examples:
+        second = example.item[1] if isinstance(example.item, tuple) else ""
+        first.setdefault((example.content, second), example)
+    return tuple(first.values())
 
 
 def _read_block(

@@ -130,13 +130,13 @@ def _row(table: pa.Table, true: Any, number: int) -> DrawnRow:
 
 def _about(config: RunConfig, manifest: Manifest, sample: Sample, vocabulary: Vocabulary) -> Text:
     """Say what was looked at."""
-    whole = sample.ratio >= 1
     num_training = manifest.records_where("training")
+    num_seen = len({document.record for document in sample.documents})
+    whole = num_seen == num_training
     which = (
         f"all {num_training} training documents"
         if whole
-        else f"the first {len(sample.documents)} of {num_training} training documents in the order "
-        "of the run"
+        else f"the first {num_seen} of {num_training} training documents in the order of the run"
     )
     pieces = f"{vocabulary.size} pieces"
     origin = (

@@ -114,7 +114,8 @@ def describe_corpus(sample: Sample, language: str, vocabulary: Vocabulary) -> Co
         documents=len(documents),
         sentences_per_document=median(len(found) for found in split),
         one_sentence_documents=sum(len(found) == 1 for found in split),
-        copies=len(documents) - len({document.content for document in documents}),
+        copies=len({document.record for document in documents})
+        - len({document.content for document in documents}),
         tokens=len(ids),
         unknown_ratio=len(unknown) / len(ids),
         unknown_words=dict(words.most_common(UNKNOWN_WORDS)),
