@@ -76,6 +76,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         run = open_run(config, run_dir)
         describe(run)
         if (made := _made(run)) and is_finished(run_dir):
+            say(f"all {config.steps} steps have been made")
             say(_registered_line(made))
             return made
         tracker = start_tracking(run)

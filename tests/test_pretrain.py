@@ -248,6 +248,7 @@ def test_the_candidate_knows_how_its_rows_were_made(finished: Finished) -> None:
 
 def test_the_same_command_again_makes_nothing_new(finished: Finished) -> None:
     assert finished.again == finished.account
+    assert "all 20 steps have been made" in finished.said_again
     assert finished.said_again[-1].startswith("models:/topics/1 is registered; MLflow run ")
     assert not [line for line in finished.said_again if "held-out" in line]
     assert not [line for line in finished.said_again if line.startswith("training from")]
