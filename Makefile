@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-images table-labels test test-slow check lint types format lock clean
+.PHONY: help install pretrain pretrain-images table-labels test test-slow test-chaos check lint types format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,7 +57,10 @@ test: $(INSTALLED) ## lint, types and the tests
 	@$(RUN)/python -m pytest -m "not slow"
 
 test-slow: $(INSTALLED) ## the tests that take minutes
-	@$(RUN)/python -m pytest -m slow
+	@$(RUN)/python -m pytest -m "slow and not chaos"
+
+test-chaos: $(INSTALLED) ## more kills and outages, minutes each
+	@$(RUN)/python -m pytest -m chaos
 
 check: lint types ## lint and types
 

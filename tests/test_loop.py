@@ -394,6 +394,7 @@ def test_t5_verify_finds_the_step_that_was_not_as_planned(
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_killed_driver_changes_no_batch_either(
     place: Place, golden_corpus: Path, tmp_path: Path
 ) -> None:

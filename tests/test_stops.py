@@ -68,6 +68,7 @@ class BoastfulRun(Run):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_stream_that_ends_too_early_is_no_failure_and_changes_no_batch(
     open_tiny: Callable[..., Run],
 ) -> None:
@@ -107,6 +108,7 @@ def test_changed_data_ends_a_run_at_once_and_restored_data_lets_it_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_an_outage_is_counted_as_a_failure_and_ends_no_run(
     open_tiny: Callable[..., Run], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +226,7 @@ def has_commit_of(log: CommitLog, attempt: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_workers_that_are_killed_again_and_again_end_a_run_in_one_line(
     corpus: Path, tmp_path: Path
 ) -> None:
