@@ -97,6 +97,15 @@ def test_copies_count_once(tmp_path: Path) -> None:
     assert notes == ["labels: 300 records are copies, left out"]
 
 
+def test_of_very_many_items_some_are_drawn_and_said_to_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.use.compare_labels.MOST_ITEMS", 120)
+    (found,), notes = compare_labels(seeing(tmp_path), None, manifest_of(folder), "cls")
+    assert 30 <= found.num_items <= 90
+    assert notes == ["labels: 180 records are more than the 120 that a probe takes, left out"]
+
+
 def test_what_one_encoder_cannot_read_none_is_asked_for(tmp_path: Path) -> None:
     lab = io.BytesIO()
     Image.new("LAB", (40, 40), (120, 90, 60)).save(lab, "TIFF")

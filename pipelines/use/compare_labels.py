@@ -13,7 +13,7 @@ from pipelines.use.baselines import Floats
 from pipelines.use.comparison import MIN_ITEMS, Compared, Comparison
 from pipelines.use.encoder import Encoder
 from pipelines.use.labelled_features import Items, Part, labelled_items, readable_features
-from pipelines.use.probe import Features, Labels, Mask, kept_aside, linear_probe, stratified
+from pipelines.use.probe import Features, Labels, Mask, kept_aside, linear_probe
 
 MOST_ITEMS = 10_000
 """Of more, so many are drawn, each class in its share."""
@@ -33,7 +33,7 @@ def compare_labels(
     """
     found = labelled_items(Part(data, "training"), labels)
     distinct = found.distinct()
-    items = _some(distinct)
+    items = distinct.at_most(MOST_ITEMS, draws(key(0, "gate", "items"), distinct.content))
     _halves(items, labels)  # refused before anything is embedded
     made = [readable_features(items, encoder) for encoder in (candidate, champion) if encoder]
     readable = np.logical_and.reduce([is_read for is_read, _ in made])
@@ -55,14 +55,6 @@ def compare_labels(
     }
     notes = [f"labels: {count} {what}, left out" for what, count in left_out.items() if count]
     return Compared([comparison], notes)
-
-
-def _some(items: Items) -> Items:
-    """Return at most MOST_ITEMS."""
-    if len(items) <= MOST_ITEMS:
-        return items
-    _, codes = np.unique(items.label, return_inverse=True)
-    return items.take(stratified(codes, draws(key(0, "gate", "items"), items.content), MOST_ITEMS))
 
 
 def _halves(items: Items, labels: str) -> tuple[Labels, Labels, Mask, Mask]:

@@ -154,7 +154,7 @@ def evaluate_labels(
     num_copies = sum(map(len, found)) - len(pool) - len(asked)
     is_copy = np.isin(pool.content, asked.content)
     num_unlabelled = pool.num_unlabelled + asked.num_unlabelled
-    pool, asked = pool.take(~is_copy), _some(asked)
+    pool, asked = pool.take(~is_copy), asked.at_most(MAX_TEST_ITEMS, _words(asked, "test"))
     things = "documents" if encoder.pieces else "pictures"
     if not len(pool):
         raise UserError(
@@ -209,14 +209,6 @@ def _scores(known: Embedded, seen: Embedded, read: list[Mask]) -> dict[str, dict
         probe: {kind: np.stack([found[probe, kind] for found in right]) for kind in KINDS}
         for probe in PROBES
     }
-
-
-def _some(asked: Items) -> Items:
-    """Return at most MAX_TEST_ITEMS."""
-    if len(asked) <= MAX_TEST_ITEMS:
-        return asked
-    codes = np.unique(asked.label, return_inverse=True)[1]
-    return asked.take(stratified(codes, _words(asked, "test"), MAX_TEST_ITEMS))
 
 
 def _choose(pool: Items, count: int, seeds: int, what: str) -> list[Ints]:

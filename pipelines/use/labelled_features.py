@@ -23,6 +23,7 @@ from pipelines.data.shards import Rejected
 from pipelines.data.spans import Ints
 from pipelines.errors import UserError
 from pipelines.use.encoder import Encoder
+from pipelines.use.probe import stratified
 
 RAW_PIXELS = 32
 """Side of a picture as raw pixels, if the encoder does not see a smaller one."""
@@ -58,6 +59,13 @@ class Items:
     def distinct(self) -> "Items":
         """Return the first of each content: copies are no items of their own."""
         return self.take(np.sort(np.unique(self.content, return_index=True)[1]))
+
+    def at_most(self, count: int, words: Words64) -> "Items":
+        """Return so many items, of each class its share, as the words draw; all of fewer."""
+        if len(self) <= count:
+            return self
+        _, codes = np.unique(self.label, return_inverse=True)
+        return self.take(stratified(codes, words, count))
 
     def take(self, places: NDArray[Any]) -> "Items":
         """Return those at some places, or where a mask has them."""
